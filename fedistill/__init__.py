@@ -1,0 +1,75 @@
+"""Federated distillation: organisations that teach one another through predictions.
+
+Every public name is loaded on first use, so that ``import fedistill`` and the command line do
+not import torch before they need it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedistill import data, losses, metrics, models, testing
+    from fedistill.client import Client
+    from fedistill.config import Settings
+    from fedistill.distill.learner import Learner
+    from fedistill.distill.recipe import Recipe
+    from fedistill.errors import FedistillError
+    from fedistill.experiment import run
+    from fedistill.federation import Federation
+    from fedistill.presets import Method, method
+    from fedistill.types import Dataset, ProxySet, Rows
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Client": "fedistill.client",
+    "Dataset": "fedistill.types",
+    "Federation": "fedistill.federation",
+    "FedistillError": "fedistill.errors",
+    "Learner": "fedistill.distill.learner",
+    "Method": "fedistill.presets",
+    "ProxySet": "fedistill.types",
+    "Recipe": "fedistill.distill.recipe",
+    "Rows": "fedistill.types",
+    "Settings": "fedistill.config",
+    "method": "fedistill.presets",
+    "run": "fedistill.experiment",
+}
+_MODULES = ("data", "losses", "metrics", "models", "testing")
+
+__all__ = [
+    "Client",
+    "Dataset",
+    "Federation",
+    "FedistillError",
+    "Learner",
+    "Method",
+    "ProxySet",
+    "Recipe",
+    "Rows",
+    "Settings",
+    "data",
+    "losses",
+    "method",
+    "metrics",
+    "models",
+    "run",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"fedistill.{name}")
+    else:
+        raise AttributeError(f"module 'fedistill' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""From many teachers' predictions to one soft target a row."""

@@ -1,0 +1,262 @@
+"""Aggregation rules: many teachers to one soft target a row.
+
+A rule is a plain function ``rule(logits, weights) -> probs``:
+
+* ``logits``: ``[clients, rows, classes]``, any real scores (log-probabilities will do);
+* ``weights``: ``[clients]``, or ``[clients, rows]`` after a selector; non-negative;
+* returns ``[rows, classes]``, each row non-negative with sum 1.
+
+A rule that wants more asks for it by name and is given it: ``seen`` ``[clients, classes]`` (bool),
+``familiarity`` ``[clients, rows]`` (log density ratio of a client's own rows to the proxy rows)
+or ``sizes`` ``[clients]`` (bucketed number of own rows). A row on which every weight is zero gets
+NaN and is dropped by the server; it is never 0/0 by accident.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fedistill.errors import FedistillError
+from fedistill.types import FloatArray, Logits, Probs
+
+Rule = Callable[..., Probs]
+WANTS = ("seen", "familiarity", "sizes")
+FAMILIARITY_LIMIT = 8.0
+"""Log density ratios are clamped to plus and minus this, both where sent and where used."""
+
+
+def softmax(logits: Logits) -> Probs:
+    """Softmax over the last axis in float64, shifted so that nothing overflows."""
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def log_softmax(logits: Logits) -> Logits:
+    """Logarithm of :func:`softmax`, finite for finite logits."""
+    shifted = np.asarray(logits, dtype=np.float64)
+    shifted = shifted - shifted.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def spread(weights: FloatArray, rows: int) -> FloatArray:
+    """Weights ``[clients]`` or ``[clients, rows]`` as ``[clients, rows]``, columns of sum 1.
+
+    A column without any weight becomes NaN.
+    """
+    table = np.asarray(weights, dtype=np.float64)
+    if table.ndim == 1:
+        table = np.repeat(table[:, None], rows, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return table / table.sum(axis=0)
+
+
+def pool(probs: Probs, weights: FloatArray) -> Probs:
+    """Linear pool: sum over clients of ``weights [clients, rows]`` times ``probs``."""
+    mixed = np.einsum("kr,krc->rc", weights, probs)
+    return mixed / mixed.sum(axis=-1, keepdims=True)
+
+
+# --- rules -------------------------------------------------------------------------------------
+
+
+def mean(logits: Logits, weights: FloatArray) -> Probs:
+    """Mean of probabilities (linear pool): q = sum_k w_k p_k."""
+    return pool(softmax(logits), spread(weights, logits.shape[1]))
+
+
+def mean_logits(logits: Logits, weights: FloatArray) -> Probs:
+    """Mean of logits (geometric pool): q = softmax(sum_k w_k z_k); FedMD, FedDF.
+
+    Logits arrive as log-probabilities: they differ from the raw scores by a constant per row and
+    client, which the softmax of a weighted sum removes, so the targets are the same.
+    """
+    share = spread(weights, logits.shape[1])
+    return softmax(np.einsum("kr,krc->rc", share, log_softmax(logits)))
+
+
+def era(probs: Probs, temperature: float = 0.1) -> Probs:
+    """Entropy-reduction aggregation of DS-FL: softmax of *probabilities* over a temperature.
+
+    Not free of scale: with 100 classes and more it flattens what it should sharpen; prefer
+    :func:`power` there. Itahara et al., arXiv 2008.06180.
+    """
+    return softmax(np.asarray(probs, dtype=np.float64) / temperature)
+
+
+def power(probs: Probs, exponent: float = 2.0) -> Probs:
+    """Enhanced ERA of SCARLET: q_c ~ qbar_c ** exponent; 1 changes nothing, more is sharper.
+
+    arXiv 2504.19602. Computed as softmax(exponent * log qbar).
+    """
+    return softmax(exponent * np.log(np.maximum(probs, 1e-30)))
+
+
+def sharpened_mean(logits: Logits, weights: FloatArray, temperature: float = 0.1) -> Probs:
+    """Mean of probabilities, then entropy-reduction (ERA, temperature 0.1); DS-FL."""
+    return era(mean(logits, weights), temperature)
+
+
+def power_mean(logits: Logits, weights: FloatArray, exponent: float = 2.0) -> Probs:
+    """Mean of probabilities, then the power sharpener (exponent 2); SCARLET."""
+    return power(mean(logits, weights), exponent)
+
+
+def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Probs:
+    """Mean over the clients that have seen a class; others neither vote for it nor against it.
+
+    For clients that train with the log of their class shares added to their logits, so that the
+    shared logits estimate p(x|y) up to a constant: a class that a client never met has no
+    estimate there. Each class takes the mean of the log-probabilities of those who know it,
+    each client first centred on the classes it knows; a class nobody knows gets nothing.
+
+    Args:
+        logits: ``[clients, rows, classes]``.
+        weights: ``[clients]`` or ``[clients, rows]``.
+        seen: ``[clients, classes]``, true where a client has met a class.
+    """
+    known = np.asarray(seen, dtype=bool)
+    known = known | ~known.any(axis=1, keepdims=True)
+    share = spread(weights, logits.shape[1])[:, :, None] * known[:, None, :]
+    probs = softmax(np.where(known[:, None, :], log_softmax(logits), -np.inf))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        score = (share * probs).sum(axis=0) / share.sum(axis=0)
+    score = np.where(share.sum(axis=0) > 0, score, 0.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return score / score.sum(axis=-1, keepdims=True)
+
+
+def normalised_ratios(familiarity: FloatArray, weights: FloatArray) -> FloatArray:
+    """Density ratios ``[clients, rows]`` whose mean over the rows is 1 for each client.
+
+    A density ratio averages to 1 over the rows of its denominator, so dividing by the mean
+    repairs badly scaled estimates and bounds what a client can claim: high familiarity
+    everywhere is the same as none at all.
+    """
+    limited = np.clip(
+        np.asarray(familiarity, dtype=np.float64), -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT
+    )
+    ratio = np.exp(limited)
+    asked = np.asarray(weights, dtype=np.float64) > 0
+    asked = asked if asked.ndim == 2 else np.repeat(asked[:, None], ratio.shape[1], axis=1)
+    count = np.maximum(asked.sum(axis=1, keepdims=True), 1)
+    average = (ratio * asked).sum(axis=1, keepdims=True) / count
+    return ratio / np.where(average > 0, average, 1.0)
+
+
+def distribution_weighted(
+    logits: Logits,
+    weights: FloatArray,
+    *,
+    familiarity: FloatArray,
+    sizes: FloatArray,
+    prior_rows: float = 100.0,
+) -> Probs:
+    """Each row is taught by those whose own rows resemble it: w_k(x) ~ n_k r_k(x) + prior_rows.
+
+    ``r_k`` is client k's density ratio to the proxy rows, normalised to mean 1. Without
+    ``prior_rows`` this is Bayes' rule for a mixture of clients (distribution-weighted combining;
+    Mansour, Mohri and Rostamizadeh 2008). The pseudo-count makes the strength adapt: ``n_k r_k``
+    is about the number of own rows like ``x``, and while it is small against ``prior_rows`` the
+    weights stay near the plain mean. With few labels averaging is what helps; with many, and
+    clients that lack classes, the local evidence takes over.
+
+    Args:
+        logits: ``[clients, rows, classes]``.
+        weights: ``[clients]`` or ``[clients, rows]``.
+        familiarity: ``[clients, rows]`` log density ratio, clamped to plus and minus 8.
+        sizes: ``[clients]`` number of own rows, bucketed.
+        prior_rows: rows that a client's familiarity must outweigh; 0 is the pure rule.
+    """
+    rows = logits.shape[1]
+    base = np.asarray(weights, dtype=np.float64)
+    base = base if base.ndim == 2 else np.repeat(base[:, None], rows, axis=1)
+    counts = np.asarray(sizes, dtype=np.float64)[:, None]
+    evidence = counts * normalised_ratios(familiarity, base) + prior_rows
+    return pool(softmax(logits), spread(base * evidence, rows))
+
+
+RULES: Mapping[str, Rule] = {
+    "mean": mean,
+    "mean-logits": mean_logits,
+    "sharpened": sharpened_mean,
+    "power": power_mean,
+    "calibrated": calibrated,
+    "distribution-weighted": distribution_weighted,
+}
+
+
+# --- calling a rule ----------------------------------------------------------------------------
+
+
+def wants(rule: Rule) -> frozenset[str]:
+    """Which of ``seen``, ``familiarity`` and ``sizes`` the rule's signature asks for."""
+    return frozenset(inspect.signature(rule).parameters) & frozenset(WANTS)
+
+
+def combine(
+    rule: Rule,
+    logits: Logits,
+    weights: FloatArray,
+    *,
+    sharpen: str = "none",
+    **extras: FloatArray,
+) -> Probs:
+    """Apply a rule with what it asks for, then the sharpener; the result is checked once here.
+
+    Args:
+        rule: the rule.
+        logits: ``[clients, rows, classes]``.
+        weights: ``[clients]`` or ``[clients, rows]``.
+        sharpen: ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``.
+        extras: ``seen``, ``familiarity``, ``sizes``; handed on where the rule wants them.
+
+    Raises:
+        FedistillError: the rule returned something that is not a probability per row and class.
+    """
+    probs = np.asarray(rule(logits, weights, **{name: extras[name] for name in wants(rule)}))
+    expected = logits.shape[1:]
+    name = getattr(rule, "__name__", type(rule).__name__)
+    if probs.shape != expected:
+        raise FedistillError(
+            f"rule {name} must return [rows, classes] = {list(expected)}, returned "
+            f"{list(probs.shape)}: check it with fedistill.testing.check_rule"
+        )
+    answered = ~np.isnan(probs).any(axis=-1)
+    good = probs[answered]
+    if good.size and (good.min() < 0 or np.abs(good.sum(axis=-1) - 1).max() > 1e-6):
+        raise FedistillError(
+            f"rule {name} must return rows of probabilities that sum to 1: "
+            "check it with fedistill.testing.check_rule"
+        )
+    return sharpener(sharpen)(probs)
+
+
+def sharpener(spec: str) -> Callable[[Probs], Probs]:
+    """The function named by ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``."""
+    kind, _, value = spec.partition(":")
+    if kind == "era":
+        return partial(era, temperature=float(value))
+    if kind == "power":
+        return partial(power, exponent=float(value))
+    return lambda probs: probs
+
+
+def configure(rule: str | Rule, **options: Any) -> Rule:
+    """A rule by name or as it is, with those of ``options`` bound that its signature knows.
+
+    Raises:
+        FedistillError: no rule has that name.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise FedistillError(f'unknown rule "{rule}"; known: {", ".join(RULES)}')
+        rule = RULES[rule]
+    known = inspect.signature(rule).parameters
+    bound = {key: value for key, value in options.items() if key in known}
+    return partial(rule, **bound) if bound else rule

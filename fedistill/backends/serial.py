@@ -1,0 +1,26 @@
+"""One client after another in this process: the reference semantics of every other backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from fedistill.backends import Reply
+from fedistill.client import Site
+from fedistill.errors import Rejected
+from fedistill.wire.messages import Failure, Plan
+
+
+class Serial:
+    """Asks the sites one by one, in the order of the plan."""
+
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self.sites = sites
+
+    def run(self, plan: Plan) -> Iterator[Reply | Failure]:
+        """One reply or failure for every client asked."""
+        message = plan.to_bytes()
+        for name in plan.clients:
+            try:
+                yield Reply(name, self.sites[name].answer(message))
+            except Rejected as refusal:
+                yield Failure(name, plan.round, refusal.reason)

@@ -1,0 +1,115 @@
+"""FedAvg, the baseline to beat: the same loop, with weights in place of predictions.
+
+McMahan et al. 2017, arXiv 1602.05629. It is here for comparison only. Weights leave the clients,
+so it runs only where the settings ask for it by name, and every client must have the
+architecture of the server's student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fedistill.client import Site
+from fedistill.distill.torch_student import TorchStudent
+from fedistill.errors import Problem, QuorumError, Rejected, SettingsError
+from fedistill.server import Answer, Combined, Server
+from fedistill.types import FloatArray, Probs, fingerprint_classes
+from fedistill.wire.messages import Plan, RowSpec, Upload, bucket
+
+
+def flat_weights(student: TorchStudent) -> FloatArray:
+    """All parameters and float buffers as one float32 vector."""
+    return np.concatenate([
+        tensor.detach().cpu().numpy().ravel().astype("<f4")
+        for tensor in student.module.state_dict().values()
+        if tensor.is_floating_point()
+    ])
+
+
+def set_weights(student: TorchStudent, vector: FloatArray) -> None:
+    """The inverse of :func:`flat_weights`."""
+    start = 0
+    for tensor in student.module.state_dict().values():
+        if tensor.is_floating_point():
+            part = np.array(vector[start : start + tensor.numel()])
+            tensor.copy_(torch.from_numpy(part).reshape(tensor.shape))
+            start += tensor.numel()
+
+
+class FedAvgSite(Site):
+    """A client that takes the average's weights, trains, and sends its own."""
+
+    def answer(self, message: bytes) -> bytes:
+        """Weights in, weights out."""
+        plan = Plan.from_bytes(message)
+        if (plan.run, plan.round) == (self.run, self.round):
+            return self.upload
+        self.agree(plan)
+        assert isinstance(self.learner, TorchStudent)
+        set_weights(self.learner, np.frombuffer(plan.weights, dtype="<f4"))
+        self.train(plan)
+        labels = self.client.data.labels
+        weights = flat_weights(self.learner)
+        if not np.isfinite(weights).all():
+            raise Rejected("nonfinite", "the weights are NaN or infinite: lower the lr")
+        upload = Upload(
+            client=self.client.id, run=plan.run, round=plan.round, proxy=plan.proxy,
+            classes=plan.classes, share="weights" if len(labels) else "none", codec="float32",
+            shape=(1, len(weights)), size=bucket(len(labels)), payload=weights.tobytes(),
+        )
+        self.upload = upload.to_bytes()
+        self.run, self.round = plan.run, plan.round
+        self.save()
+        return self.upload
+
+
+class FedAvgServer(Server):
+    """A server that averages weights by (bucketed) number of rows."""
+
+    def plan(self, number: int) -> Plan:
+        """Who is asked, with the average's weights."""
+        return Plan(
+            run=self.run, round=number, ask=RowSpec(0, number, 0, len(self.proxy)),
+            proxy=self.proxy.fingerprint, classes=fingerprint_classes(self.classes),
+            weights=flat_weights(self._student()).tobytes(), clients=self._participants(number),
+        )
+
+    def check(self, data: bytes, plan: Plan, sender: str, seen: set[str]) -> Answer:
+        """Let one upload of weights in, or refuse it with a reason."""
+        upload = Upload.from_bytes(data, self.limit)
+        self._check_sender(upload, plan, sender, seen)
+        if upload.share != "weights":
+            raise Rejected("kind", "this run averages weights")
+        if upload.shape != (1, len(plan.weights) // 4) or len(upload.payload) != len(plan.weights):
+            raise Rejected("shape", "weights of another model")
+        vector = np.frombuffer(upload.payload, dtype="<f4")[None]
+        if not np.isfinite(vector).all():
+            raise Rejected("nonfinite", "NaN or infinity among the weights")
+        seen.add(sender)
+        return Answer(upload, vector, None)
+
+    def combine(self, plan: Plan, answers: Sequence[Answer]) -> Combined:
+        """Average the weights."""
+        if len(answers) < self.quorum:
+            raise QuorumError(
+                f"round {plan.round}: {len(answers)} usable uploads, the quorum is {self.quorum}"
+            )
+        ordered = sorted(answers, key=lambda answer: answer.upload.client)
+        sizes = np.array([a.upload.size for a in ordered], dtype=np.float64)
+        stacked: Probs = np.array([a.probs[0] for a in ordered], dtype=np.float64)
+        set_weights(self._student(), (sizes / sizes.sum()) @ stacked)
+        self.round = plan.round
+        return Combined()
+
+    def distil(self) -> None:
+        """Nothing: the average is the student."""
+
+    def _student(self) -> TorchStudent:
+        if not isinstance(self.student, TorchStudent):
+            text = "fedavg needs a torch model at the server and the same one at every client"
+            raise SettingsError([Problem("student.model", text)])
+        return self.student
+

@@ -1,0 +1,66 @@
+"""What can be named in settings: for each kind, where its table of names lives.
+
+The tables are resolved on first use, by string, so that reading a settings file or printing
+``--help`` imports neither torch nor any implementation that is not asked for. A new rule needs
+one line in its own table and none here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+TABLES: Mapping[str, str] = {
+    "methods": "fedistill.presets:METHODS",
+    "rules": "fedistill.aggregate.rules:RULES",
+    "codecs": "fedistill.wire.codec:CODECS",
+    "models": "fedistill.catalog:MODELS",
+    "sources": "fedistill.data.sources:SOURCES",
+    "partitions": "fedistill.data.partition:PARTITIONS",
+    "backends": "fedistill.catalog:BACKENDS",
+    "mechanisms": "fedistill.catalog:MECHANISMS",
+}
+
+MODELS: Mapping[str, str] = {
+    "linear": "softmax regression",
+    "mlp": "one hidden layer of `width` ReLU units (more with `depth`)",
+    "lenet": "LeNet for 28x28 images: two convolutions, 120-84-classes, 61,706 parameters",
+    "cnn": "three 3x3 convolutions with GroupNorm, global average pooling",
+    "gradient-boosting": "scikit-learn's histogram gradient-boosted trees",
+    "logistic-regression": "scikit-learn's logistic regression",
+    "random-forest": "scikit-learn's random forest",
+}
+
+BACKENDS: Mapping[str, str] = {
+    "serial": "one client after another in this process: the reference semantics",
+}
+
+MECHANISMS: Mapping[str, str] = {
+    "none": "no differential privacy; the report says so",
+}
+
+
+def table(kind: str) -> Mapping[str, Any]:
+    """The table of names of one kind.
+
+    Raises:
+        KeyError: an unknown kind.
+    """
+    module, _, name = TABLES[kind].partition(":")
+    found: Mapping[str, Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+def known(kind: str) -> tuple[str, ...]:
+    """The names of one kind, in the order of its table."""
+    return tuple(table(kind))
+
+
+def summary(kind: str, name: str) -> str:
+    """One line that says what ``name`` is: its text, its ``summary`` or its docstring's start."""
+    entry = table(kind)[name]
+    if isinstance(entry, str):
+        return entry
+    text = getattr(entry, "summary", None) or getattr(entry, "__doc__", None) or ""
+    return str(text).strip().split("\n", 1)[0].rstrip(".")

@@ -1,0 +1,239 @@
+"""The client's half of a round: absorb, train, predict, protect, encode, in this order.
+
+A :class:`Client` is who takes part; a :class:`Site` is that client at work, with the learner and
+the soft targets it was sent. ``Site.answer`` is the whole step: message in, message out. Asked
+twice for one round it returns the same stored bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedistill import store
+from fedistill.aggregate.rules import softmax
+from fedistill.distill.learner import Learner
+from fedistill.distill.recipe import Recipe
+from fedistill.errors import DataError, Rejected, RunError
+from fedistill.presets import Method
+from fedistill.seeding import derive
+from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, fingerprint_classes
+from fedistill.wire import codec as codecs
+from fedistill.wire.messages import Plan, Upload, bucket, seen_mask
+
+LARGEST_LOGIT = 1e4
+"""Row-centred logits beyond this are clipped; more than 1 % of such rows is refused."""
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """One participant: its id, its model's factory, its own rows.
+
+    Attributes:
+        id: a name of letters, digits, ``.``, ``_`` and ``-``; also the name of its folder.
+        build: a factory of torch modules, scikit-learn classifiers or learners.
+        data: own labelled rows; may be empty, then the client learns and does not teach.
+        test: own test rows; without them the run's common test rows are used.
+        training: how it trains on its own rows.
+    """
+
+    id: str
+    build: Callable[[], Any]
+    data: Rows
+    test: Rows | None = None
+    training: Recipe = Recipe()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.id):
+            raise DataError(
+                "a client id must be 1 to 64 letters, digits, '.', '_' or '-', "
+                f"found {self.id[:64]!r}: rename the client"
+            )
+
+
+class Site:
+    """A client at work.
+
+    Args:
+        client: who.
+        learner: what learns.
+        proxy: the public rows.
+        classes: names of the classes, in order.
+        method: what is exchanged and how.
+        seed: of the experiment.
+        folder: where its state is kept; None keeps it in memory.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        learner: Learner,
+        proxy: ProxySet,
+        classes: tuple[str, ...],
+        method: Method,
+        seed: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.client = client
+        self.learner = learner
+        self.proxy = proxy
+        self.classes = classes
+        self.method = method
+        self.seed = seed
+        self.path = folder / "state" if folder else None
+        self.run = ""
+        self.round = 0
+        self.upload = b""
+        self.targets = np.zeros((len(proxy), len(classes)), dtype=np.float32)
+        self.known = np.zeros(len(proxy), dtype=bool)
+        self.notes = list(_observations(client, proxy, len(classes)))
+
+    # --- the step ------------------------------------------------------------------------------
+
+    def answer(self, message: bytes) -> bytes:
+        """Take part in one round: a plan in, an upload out.
+
+        Raises:
+            Rejected: the plan is not for this site, or its predictions cannot be shared.
+            RunError: the proxy rows changed since the start.
+        """
+        plan = Plan.from_bytes(message)
+        if (plan.run, plan.round) == (self.run, self.round):
+            return self.upload
+        self.agree(plan)
+        self.absorb(plan)
+        self.train(plan)
+        logits, familiarity = self.predict(plan)
+        probs = self.protect(logits)
+        self.upload = self.encode(plan, probs, familiarity).to_bytes()
+        self.run, self.round = plan.run, plan.round
+        self.save()
+        return self.upload
+
+    def agree(self, plan: Plan) -> None:
+        """Refuse to work on other proxy rows, other classes or an old round."""
+        if self.proxy.measure() != self.proxy.fingerprint:
+            raise RunError("the proxy rows changed during the run: restore the file and --resume")
+        if plan.proxy != self.proxy.fingerprint:
+            raise Rejected("proxy_version", "the server uses other proxy rows: fetch them again")
+        if plan.classes != fingerprint_classes(self.classes):
+            raise Rejected("class_map", "the server means other classes, or another order")
+        if plan.run == self.run and plan.round < self.round:
+            raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
+
+    def absorb(self, plan: Plan) -> None:
+        """Learn from the last round's soft targets."""
+        if plan.targets is None:
+            return
+        rows = plan.targets.rows()
+        if self.method.memory == "round":
+            self.known[:] = False
+        self.targets[rows], self.known[rows] = plan.targets.probs(), True
+        public = np.flatnonzero(self.known)
+        self.learner.absorb(
+            self.proxy.inputs[public], self.targets[public], seed=self._seed(plan, "absorb")
+        )
+
+    def train(self, plan: Plan) -> None:
+        """Train on own rows."""
+        self.learner.fit(self.client.data, seed=self._seed(plan, "train"))
+
+    def predict(self, plan: Plan) -> tuple[Logits, FloatArray | None]:
+        """Logits on the rows that are asked, and familiarity where the method shares it."""
+        inputs = self.proxy.inputs[self._asked(plan)]
+        logits = self.learner.predict(inputs)
+        if not self._shares_familiarity():
+            return logits, None
+        score = getattr(self.learner, "familiarity", None)
+        return logits, np.zeros(len(inputs)) if score is None else score(inputs)
+
+    def protect(self, logits: Logits) -> Probs:
+        """What may be shared: finite, bounded probabilities."""
+        if not np.isfinite(logits).all():
+            raise Rejected("nonfinite", "the model predicts NaN or infinity: lower its lr")
+        centred = logits - logits.mean(axis=1, keepdims=True)
+        extreme = np.abs(centred).max(axis=1, initial=0) > LARGEST_LOGIT
+        if len(extreme) and extreme.mean() > 0.01:
+            raise Rejected("extreme", f"{extreme.mean():.0%} of the rows have logits beyond 1e4")
+        return softmax(centred.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
+
+    def encode(self, plan: Plan, probs: Probs, familiarity: FloatArray | None) -> Upload:
+        """The upload: coded predictions and nothing else that is private."""
+        payload = codecs.CODECS[self.method.codec].encode(probs)
+        if familiarity is not None:
+            payload += codecs.encode_familiarity(familiarity)
+        labels = self.client.data.labels
+        return Upload(
+            client=self.client.id,
+            run=plan.run,
+            round=plan.round,
+            proxy=plan.proxy,
+            classes=plan.classes,
+            share="probs" if len(labels) else "none",
+            codec=self.method.codec,
+            shape=(len(probs), len(self.classes)),
+            familiarity=familiarity is not None,
+            seen=seen_mask(np.bincount(labels, minlength=len(self.classes)) > 0),
+            size=bucket(len(labels)),
+            payload=codecs.pack(payload),
+        )
+
+    def _asked(self, plan: Plan) -> Any:
+        return plan.ask.rows() if len(self.client.data) else np.empty(0, dtype=np.int64)
+
+    def _shares_familiarity(self) -> bool:
+        return self.method.client_recipe(Recipe()).familiarity
+
+    def _seed(self, plan: Plan, step: str) -> int:
+        return derive(self.seed, self.client.id, plan.round, step)
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write learner, soft targets and the stored answer in one file, whole or not at all."""
+        if self.path is None:
+            return
+        arrays = {f"learner.{name}": value for name, value in self.learner.state_dict().items()}
+        arrays |= {
+            "targets": self.targets,
+            "known": self.known.astype(np.uint8),
+            "upload": np.frombuffer(self.upload, dtype=np.uint8),
+        }
+        store.save_state(self.path, arrays, {"run": self.run, "round": self.round})
+
+    def restore(self) -> str | None:
+        """Go on from the saved state; a note if an older generation had to be used."""
+        if self.path is None or not (self.path.exists() or store.previous(self.path).exists()):
+            return None
+        arrays, meta, note = store.load_state(self.path)
+        learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
+        if not hasattr(self.learner, "build"):
+            store.same_names(learner, self.learner.state_dict(), self.client.id)
+        self.learner.load_state_dict(learner, self.client.data)
+        self.targets, self.known = arrays["targets"], arrays["known"].astype(bool)
+        self.upload = arrays["upload"].tobytes()
+        self.run, self.round = meta["run"], meta["round"]
+        return f"{self.client.id}: {note}" if note else None
+
+
+def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:
+    """What a user should know about a client's rows before training."""
+    if len(client.data) == 0:
+        yield f"{client.id} has no rows of its own: it learns and does not teach"
+        return
+    met = len(np.unique(client.data.labels))
+    if met == 1 < classes:
+        yield f"{client.id} has rows of one class only"
+    public = {_digest(row) for row in proxy.inputs}
+    if shared := sum(_digest(row) in public for row in client.data.inputs):
+        yield f"{client.id} has {shared} private rows that are also proxy rows"
+
+
+def _digest(row: FloatArray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<f4").tobytes(), digest_size=16).digest()

@@ -1,0 +1,203 @@
+"""From named columns to a table: numbers as they are, few texts one-hot, many texts refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from fedistill.data.labels import (
+    Labels,
+    Where,
+    as_numbers,
+    number_labels,
+    number_text,
+    value_labels,
+)
+from fedistill.data.table import Query, Table, Texts
+from fedistill.errors import DataError, did_you_mean
+from fedistill.types import FloatArray
+
+Column: TypeAlias = FloatArray | Sequence[str | None]
+"""Numbers with NaN where missing, or texts with None where missing."""
+
+MOST_TEXTS = 50
+LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Named columns as a file holds them.
+
+    Attributes:
+        source: what the user called it.
+        names: the column names; "0", "1" and so on where the file has none.
+        columns: as many columns as names.
+        where: from a row number to words, for messages.
+        extras: columns that are never features, such as the file's name.
+        classes: the class names behind label numbers, where the source knows them.
+    """
+
+    source: str
+    names: tuple[str, ...]
+    columns: tuple[Column, ...]
+    where: Where
+    extras: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.columns[0]) if self.columns else 0
+
+
+def assemble(frame: Frame, query: Query) -> Table:
+    """Split a frame into features, labels and sites."""
+    if not len(frame):
+        raise DataError(f"{frame.source}: expected rows, found none: check the file")
+    settings = query.settings
+    label = label_column(frame, query)
+    used = {index for index in (label, site_column(frame, query)) if index is not None}
+    used |= {find_column(name, frame, "data.drop") for name in settings.drop}
+    labels, classes = labels_of(frame, query)
+    encoded = [
+        part
+        for index, name in enumerate(frame.names)
+        if index not in used
+        for part in encode(name, frame.columns[index], frame.where)
+    ]
+    if not encoded:
+        raise DataError(f"{frame.source}: expected a feature column besides the label, found none")
+    inputs = np.stack([values for _, values in encoded], axis=1).astype(np.float32)
+    features = tuple(name for name, _ in encoded)
+    return Table(
+        frame.source, inputs, labels, classes, features=features, columns=sites(frame, query)
+    )
+
+
+def label_column(frame: Frame, query: Query) -> int | None:
+    """Number of the label column, or None where it is absent and not needed."""
+    try:
+        return find_column(query.settings.label, frame, "data.label")
+    except DataError:
+        if query.labelled:
+            raise
+        return None
+
+
+def labels_of(frame: Frame, query: Query) -> Labels:
+    """Class numbers of the label column; all -1 where it is absent and not needed."""
+    index = label_column(frame, query)
+    if index is None:
+        return np.full(len(frame), -1, dtype=np.int64), ()
+    values, above = frame.columns[index], query.settings.positive_above
+    if frame.classes and above is None and isinstance(values, np.ndarray):
+        return number_labels(values, frame.where, names=frame.classes)
+    return value_labels(values, frame.where, above)
+
+
+def site_column(frame: Frame, query: Query) -> int | None:
+    """Number of the column that holds the sites, where it is one of the frame's own."""
+    asked = query.column
+    if not asked or (asked in frame.extras and asked not in frame.names):
+        return None
+    try:
+        return find_column(asked, frame, "clients.column")
+    except DataError:
+        if query.labelled:
+            raise
+        return None
+
+
+def sites(frame: Frame, query: Query) -> dict[str, Texts]:
+    """The requested site column as texts, none of them empty."""
+    if not query.column:
+        return {}
+    index = site_column(frame, query)
+    if index is None:
+        extra = frame.extras.get(query.column)
+        return {} if extra is None else {query.column: np.array(extra, dtype=np.str_)}
+    column = frame.columns[index]
+    if isinstance(column, np.ndarray):
+        texts = ["" if np.isnan(value) else number_text(value) for value in column]
+    else:
+        texts = [text or "" for text in column]
+    if "" in texts:
+        raise DataError(
+            f'{frame.where(texts.index(""))}: expected a site in column "{query.column}", found '
+            "none: mend the row or leave it out"
+        )
+    return {query.column: np.array(texts, dtype=np.str_)}
+
+
+def find_column(wanted: str, frame: Frame, setting: str) -> int:
+    """Number of a column from its name or its number; -1 is the last."""
+    names = frame.names
+    if wanted in names:
+        return names.index(wanted)
+    try:
+        number = int(wanted)
+    except ValueError:
+        number = len(names)
+    if -len(names) <= number < len(names):
+        return number % len(names)
+    # Names that are numbers are most likely the first row of the data, which must not be shown.
+    hidden = any(as_numbers([name]) is not None for name in names)
+    hint = (
+        f"; name it by a number from 0 to {len(names) - 1} (-1 is the last), and set data.header = "
+        "false if the first line holds data"
+        if hidden
+        else did_you_mean(wanted, names)
+    )
+    raise DataError(f'{frame.source}: expected a column "{wanted}" ({setting}), found none{hint}')
+
+
+def encode(name: str, column: Column, where: Where) -> Iterator[tuple[str, FloatArray]]:
+    """One column as one or more feature columns."""
+    if isinstance(column, np.ndarray):
+        yield name, _finite(name, column, where)
+        return
+    texts = [text or "" for text in column]
+    numbers = as_numbers(texts)
+    if numbers is None:
+        yield from one_hot(name, texts, where)
+        return
+    # An empty text is missing; a text that spells NaN or infinity is a fault of the file.
+    spelt = np.isnan(numbers) & np.array([bool(text) for text in texts])
+    if spelt.any():
+        raise _not_finite(name, where(int(np.argmax(spelt))))
+    yield name, _finite(name, numbers, where)
+
+
+def one_hot(name: str, texts: Sequence[str], where: Where) -> Iterator[tuple[str, FloatArray]]:
+    """A 0/1 column for each of few texts, sorted; a missing text is a row of zeros."""
+    distinct = sorted(set(texts) - {""})
+    if len(distinct) > MOST_TEXTS:
+        numbers = {text: as_numbers([text]) is not None for text in distinct}
+        if sum(numbers.values()) > len(distinct) / 2:
+            row = next(row for row, text in enumerate(texts) if text and not numbers[text])
+            raise DataError(
+                f'{where(row)}, column "{name}": expected a number as in most rows, found a text: '
+                "mend the row, or set data.missing if the text stands for a missing value"
+            )
+        raise DataError(
+            f'{where(0)}: expected at most {MOST_TEXTS} different texts in column "{name}", found '
+            f'{len(distinct)}: add "{name}" to data.drop'
+        )
+    values = np.array(texts)
+    for text in distinct:
+        yield f"{name}={text}", (values == text).astype(np.float64)
+
+
+def _finite(name: str, numbers: FloatArray, where: Where) -> FloatArray:
+    bad = np.abs(numbers) > LARGEST
+    if bad.any():
+        raise _not_finite(name, where(int(np.argmax(bad))))
+    return numbers
+
+
+def _not_finite(name: str, place: str) -> DataError:
+    return DataError(
+        f'{place}, column "{name}": expected a finite number, found none: mend the row, or leave '
+        "the cell empty if the value is missing"
+    )

@@ -1,0 +1,1 @@
+"""Learners: what trains on rows, absorbs soft targets and predicts."""

@@ -1,0 +1,49 @@
+"""The learner seam: anything that fits rows, absorbs soft targets and predicts.
+
+Three methods and a state are all that a federation needs. A learner may also offer
+``familiarity(inputs) -> [rows]``, the log density ratio of its own rows to the proxy rows; the
+rule ``distribution-weighted`` asks for it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from fedistill.types import FloatArray, Logits, Probs, Rows, State
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Anything that learns. Calls come in rounds: ``absorb``, then ``fit``, then ``predict``."""
+
+    def absorb(self, inputs: FloatArray, soft_targets: Probs, *, seed: int) -> None:
+        """Learn from public rows ``[rows, ...]`` and their soft targets ``[rows, classes]``.
+
+        A learner may train at once, or keep both and join them to its own rows in ``fit``.
+        """
+        ...
+
+    def fit(self, rows: Rows, *, seed: int) -> None:
+        """Train on own labelled rows, which may be none."""
+        ...
+
+    def predict(self, inputs: FloatArray) -> Logits:
+        """Logits ``[rows, classes]``; the same for the same inputs, always."""
+        ...
+
+    def state_dict(self) -> State:
+        """Everything that a later ``load_state_dict`` needs to go on with equal results."""
+        ...
+
+    def load_state_dict(self, state: State, rows: Rows) -> None:
+        """Restore. ``rows`` are the own rows, for learners whose state is a refit on them."""
+        ...
+
+
+@runtime_checkable
+class Familiar(Protocol):
+    """A learner that can tell its own rows from proxy rows."""
+
+    def familiarity(self, inputs: FloatArray) -> FloatArray:
+        """Log density ratio log p_own(x) / p_proxy(x) of each row, ``[rows]``."""
+        ...

@@ -1,0 +1,50 @@
+"""How a learner trains: numbers only, fixed for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Training of one learner, private part and distillation part.
+
+    Attributes:
+        epochs: passes over the own rows in a round.
+        batch_size: own rows in a step; as many proxy rows join them.
+        lr: learning rate.
+        optimizer: ``sgd``, ``adam`` or ``adamw``; started afresh in every round.
+        momentum: of sgd.
+        weight_decay: of the optimizer.
+        clip: largest gradient norm; 0 leaves gradients alone.
+        schedule: ``constant``, or ``cosine``: the rate falls to 0 over each call.
+        distil: ``inside`` the local steps, in a ``phase`` of its own before them, or ``never``.
+        distil_epochs: passes over the soft targets in a phase.
+        soft_weight: weight of the soft part beside the cross-entropy of own rows.
+        temperature: of the distillation loss.
+        loss: ``kl``, or ``mae`` on row-centred logits (FedMD).
+        mixup: concentration of the Beta law that mixes pairs of proxy rows and their targets;
+            0 is off.
+        average: decay of the moving average of weights that predicts; 0 predicts with the last.
+        familiarity: also learn to tell own rows from proxy rows.
+        calibrate: add the log of the own class shares to the logits while training on own rows,
+            so that what is shared is free of the own class mix.
+    """
+
+    epochs: int = 2
+    batch_size: int = 50
+    lr: float = 0.1
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 5.0
+    schedule: str = "constant"
+    distil: str = "inside"
+    distil_epochs: int = 2
+    soft_weight: float = 1.0
+    temperature: float = 1.0
+    loss: str = "kl"
+    mixup: float = 0.0
+    average: float = 0.0
+    familiarity: bool = False
+    calibrate: bool = False

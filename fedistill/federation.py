@@ -1,0 +1,384 @@
+"""The round: plan, run, check, combine, distil, evaluate, log, checkpoint.
+
+:class:`Federation` puts clients, proxy rows, a student and a method together; :meth:`rounds`
+below is the loop of the design, and it does not know which backend runs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedistill import store
+from fedistill.backends import Backend, Reply
+from fedistill.backends.serial import Serial
+from fedistill.baselines import FedAvgServer, FedAvgSite
+from fedistill.client import Client, Site
+from fedistill.distill.build import build_learner
+from fedistill.distill.recipe import Recipe
+from fedistill.distill.torch_student import TorchStudent
+from fedistill.errors import CheckpointError, DataError, QuorumError, Rejected
+from fedistill.evaluate import measure_round
+from fedistill.models import parameter_count, pick_device
+from fedistill.presets import Method, method as preset
+from fedistill.server import Answer, Combined, Server
+from fedistill.seeding import derive
+from fedistill.types import ProxySet, Rows
+from fedistill.wire.messages import Failure, Plan, bucket
+
+ATTEMPTS = 3
+"""Tries of a round without quorum before the run gives up."""
+
+Row = dict[str, Any]
+Progress = Callable[[str, int, int], None]
+
+
+class Federation:
+    """Clients that teach one another through predictions on a proxy set.
+
+    Args:
+        clients: who takes part.
+        proxy: the public rows.
+        student: factory of the server's student, or None for none.
+        method: a :class:`Method`, or the name of a preset.
+        classes: names of the classes; by default "0", "1", ... up to the largest label.
+        seed: everything random is derived from it.
+        per_round: proxy rows asked in a round; 0 asks all.
+        participation: share of the clients asked in a round.
+        quorum: fewest teachers of a round; 0 stands for 3, or all if there are fewer.
+        training: how the student trains where neither the method nor ``student_options`` says.
+        student_options: fields of :class:`Recipe` that are set for the student alone.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        limit: largest message accepted, in bytes.
+
+    Raises:
+        DataError: no clients, equal ids, or labels outside the classes.
+    """
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        proxy: ProxySet,
+        student: Callable[[], Any] | None = None,
+        method: Method | str = "fedistill",
+        *,
+        classes: Sequence[str] | None = None,
+        seed: int = 0,
+        per_round: int = 0,
+        participation: float = 1.0,
+        quorum: int = 0,
+        training: Recipe | None = None,
+        student_options: Mapping[str, Any] | None = None,
+        device: str = "auto",
+        limit: int = 64 << 20,
+    ) -> None:
+        self.method = preset(method) if isinstance(method, str) else method
+        self.clients = _pooled(clients) if self.method.exchange == "rows" else list(clients)
+        self.proxy = proxy
+        self.classes = tuple(classes) if classes else _class_names(self.clients)
+        self.seed = seed
+        self.device = pick_device(device)
+        self.history: list[Row] = []
+        self.notes: list[str] = []
+        _check_clients(self.clients, len(self.classes))
+
+        exchange = self.method.exchange
+        base = training or self.clients[0].training
+        learner = None
+        if student is not None and exchange in {"predictions", "weights"}:
+            recipe = self.method.student_recipe(base, **(student_options or {}))
+            learner = self._learner(student, recipe)
+        kind = FedAvgServer if exchange == "weights" else Server
+        self.server = kind(
+            proxy,
+            self.classes,
+            learner,
+            self.method,
+            {client.id: bucket(len(client.data)) for client in self.clients},
+            seed=seed,
+            per_round=per_round,
+            participation=participation,
+            quorum=quorum,
+            limit=limit,
+        )
+        self._student_factory = student
+
+    # --- the loop ------------------------------------------------------------------------------
+
+    def run(
+        self,
+        rounds: int,
+        test: Rows | None = None,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        backend: Callable[[Mapping[str, Site]], Backend] = Serial,
+        progress: Progress = lambda label, done, total: None,
+    ) -> Iterator[Row]:
+        """Run the rounds; yields one row of figures after each.
+
+        Args:
+            rounds: number of rounds in all, those before a resumption included.
+            test: common test rows, for the student and for clients without their own.
+            out: folder for checkpoints and ``rounds.jsonl``; None keeps everything in memory.
+            resume: go on from the checkpoint in ``out``.
+            backend: what runs the clients.
+            progress: called with what is being done, how much of it is done, and of how much.
+
+        Raises:
+            QuorumError: too few usable uploads, several times in a row.
+            RunError: the folder cannot be written, or the proxy rows changed.
+        """
+        folder = Path(out) if out is not None else None
+        self.sites = self._sites(folder)
+        self._open(folder, resume)
+        chosen = backend(self.sites)
+        for number in range(self.server.round + 1, rounds + 1):
+            started = time.monotonic()
+            plan, combined, tally = self._exchange(chosen, number, progress)
+            progress("student", 0, 1)
+            self.server.distil()
+            row = self._row(number, plan, combined, tally, test)
+            row["seconds"] = round(time.monotonic() - started, 3)
+            self.history.append(row)
+            self._checkpoint(folder)
+            yield row
+
+    def _exchange(
+        self, backend: Backend, number: int, progress: Progress
+    ) -> tuple[Plan, Combined, Tally]:
+        """One round of messages; again, with a pause, while the quorum is missed."""
+        for attempt in range(ATTEMPTS):
+            plan = self.server.plan(number)
+            tally = Tally(plan, travels=self.method.exchange in {"predictions", "weights"})
+            for reply in backend.run(plan):
+                tally.take(reply, self.server)
+                progress("clients", tally.heard, len(plan.clients))
+            for name in plan.clients:
+                self.server.vigilance.note(name, answered=name in tally.seen)
+            try:
+                return plan, self._combine(plan, tally), tally
+            except QuorumError as shortage:
+                reasons = ", ".join(sorted(set(tally.dropped.values()))) or "no answer"
+                error = QuorumError(f"{shortage} ({reasons})")
+                time.sleep(0.05 * 2**attempt)
+        raise error
+
+    def _combine(self, plan: Plan, tally: Tally) -> Combined:
+        if self.method.exchange in {"nothing", "rows"}:
+            self.server.round = plan.round
+            return Combined()
+        return self.server.combine(plan, tally.answers)
+
+    def _row(
+        self, number: int, plan: Plan, combined: Combined, tally: Tally, test: Rows | None
+    ) -> Row:
+        """The figures of a round, as they stand in ``rounds.jsonl``."""
+        figures = measure_round(
+            self.sites, self.server.student, test, pooled=self.method.exchange == "rows"
+        )
+        return {
+            "round": number,
+            **figures,
+            "bytes_up": tally.bytes_up,
+            "bytes_down": tally.bytes_down,
+            "clients_ok": len(tally.answers),
+            "clients_failed": len(plan.clients) - len(tally.answers),
+            "epsilon_max": combined.epsilon_max,
+            "agreement": combined.agreement,
+            "target_entropy": combined.target_entropy,
+            "dropped": tally.dropped,
+            "flags": {
+                **combined.flags,
+                **{name: ["inactive"] for name in self.server.vigilance.inactive()},
+            },
+        }
+
+    # --- building ------------------------------------------------------------------------------
+
+    def _sites(self, folder: Path | None) -> dict[str, Site]:
+        kind = FedAvgSite if self.method.exchange == "weights" else Site
+        sites = {}
+        for client in self.clients:
+            home = folder / "sites" / client.id if folder else None
+            if home:
+                store.probe(home)
+            recipe = self.method.client_recipe(client.training)
+            build = client.build
+            if self.method.exchange == "weights" and self._student_factory is not None:
+                build = self._student_factory
+            learner = self._learner(build, recipe)
+            sites[client.id] = kind(
+                client, learner, self.proxy, self.classes, self.method, self.seed, home
+            )
+        self.notes = [note for site in sites.values() for note in site.notes]
+        return sites
+
+    def _learner(self, build: Callable[[], Any], recipe: Recipe) -> Any:
+        return build_learner(
+            build,
+            recipe,
+            classes=len(self.classes),
+            # One seed for all: clients of one architecture start from the same weights.
+            seed=derive(self.seed, "weights"),
+            device=self.device,
+            background=self.proxy.inputs if recipe.familiarity else None,
+        )
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def _open(self, folder: Path | None, resume: bool) -> None:
+        """Make the folder ready, and go on from what it holds if asked to."""
+        self.history = []
+        if folder is None:
+            return
+        store.probe(folder / "checkpoint")
+        path = folder / "checkpoint" / "server"
+        if not resume:
+            return
+        if not (path.exists() or store.previous(path).exists()):
+            self.notes.append("nothing to resume: the run starts from its first round")
+            return
+        arrays, facts, note = store.load_state(path)
+        if facts["identity"] != self._identity():
+            raise CheckpointError(
+                f"{folder} holds a run with other settings ({_difference(facts['identity'], self._identity())}): "
+                "resume with the same settings, or choose another folder with --out"
+            )
+        self.server.load_state_dict(arrays, facts["server"])
+        self.history = list(facts["history"])
+        self.notes += [note] if note else []
+        for site in self.sites.values():
+            told = site.restore()
+            self.notes += [told] if told else []
+
+    def _checkpoint(self, folder: Path | None) -> None:
+        """Save the server first: ``rounds.jsonl`` is a view of what the checkpoint holds."""
+        if folder is None:
+            return
+        arrays, server = self.server.state_dict()
+        facts = {"identity": self._identity(), "server": server, "history": self.history}
+        store.save_state(folder / "checkpoint" / "server", arrays, facts)
+        store.save_lines(folder / "rounds.jsonl", list(self.history))
+
+    def _identity(self) -> dict[str, str]:
+        """What must be the same for a run to be resumed."""
+        return {
+            "method": self.method.name,
+            "seed": str(self.seed),
+            "proxy": self.proxy.fingerprint,
+            "clients": ",".join(f"{client.id}:{len(client.data)}" for client in self.clients),
+        }
+
+    # --- figures -------------------------------------------------------------------------------
+
+    def fedavg_bytes(self) -> int | None:
+        """What FedAvg would send each way per client and round: the student's weights in fp32."""
+        student = self.server.student
+        if student is None and self._student_factory is not None:
+            student = self._learner(self._student_factory, Recipe())
+        return 4 * parameter_count(student.module) if isinstance(student, TorchStudent) else None
+
+    def summary(self) -> Row:
+        """The facts of the whole run so far."""
+        ok = sum(row["clients_ok"] for row in self.history)
+        asked = ok + sum(row["clients_failed"] for row in self.history)
+        up = sum(row["bytes_up"] for row in self.history) / ok if ok else 0.0
+        down = sum(row["bytes_down"] for row in self.history) / asked if asked else 0.0
+        fedavg = self.fedavg_bytes()
+        saving = round(2 * fedavg / (up + down), 3) if fedavg and up + down else None
+        last = {k: v for k, v in self.history[-1].items() if k != "seconds"} if self.history else {}
+        rule = self.method.rule
+        return {
+            **last,
+            "method": self.method.name,
+            "method_summary": self.method.summary,
+            "rule": rule if isinstance(rule, str) else getattr(rule, "__name__", "own"),
+            "codec": self.method.codec,
+            "clients": len(self.clients),
+            "classes": list(self.classes),
+            "proxy_rows": len(self.proxy),
+            "proxy_per_round": min(self.server.per_round, len(self.proxy)),
+            "bytes_up_per_client_round": round(up, 1),
+            "bytes_down_per_client_round": round(down, 1),
+            "fedavg_bytes_per_client_round": fedavg,
+            "bytes_saving": saving,
+            "seconds": round(sum(row["seconds"] for row in self.history), 3),
+            "seed": self.seed,
+            "proxy_sha256": self.proxy.fingerprint,
+            "soft_targets_sha256": self.server.digest(),
+            "privacy": {"mechanism": "none", "statement": "no differential privacy"},
+            "notes": self.notes,
+        }
+
+
+class Tally:
+    """What came back in one round, and what it weighed."""
+
+    def __init__(self, plan: Plan, *, travels: bool) -> None:
+        self.plan = plan
+        self.travels = travels
+        self.answers: list[Answer] = []
+        self.dropped: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self.heard = 0
+        self.bytes_up = 0
+        self.bytes_down = len(plan.to_bytes()) * len(plan.clients) if travels else 0
+
+    def take(self, reply: Reply | Failure, server: Server) -> None:
+        """Count a reply, and let it in or note why not."""
+        self.heard += 1
+        if isinstance(reply, Failure):
+            self.dropped[reply.client] = _code(reply.reason)
+            return
+        self.bytes_up += len(reply.data) if self.travels else 0
+        try:
+            self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
+        except Rejected as refusal:
+            self.dropped.setdefault(reply.client, refusal.reason)
+
+
+def _code(reason: str) -> str:
+    """A reason that came from outside, made safe for logs: short, one line, plain."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_:-") else "_" for c in reason)[:40]
+
+
+def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
+    labels = [int(client.data.labels.max()) for client in clients if len(client.data)]
+    return tuple(str(label) for label in range(max(labels, default=0) + 1))
+
+
+def _check_clients(clients: Sequence[Client], classes: int) -> None:
+    if not clients:
+        raise DataError("a federation needs at least one client, found none")
+    ids = [client.id for client in clients]
+    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+        raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
+    for client in clients:
+        labels, inputs = client.data.labels, client.data.inputs
+        bad = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(bad):
+            raise DataError(
+                f"{client.id}: labels must be 0 to {classes - 1}, row {bad[0]} is outside: "
+                "map the labels, or name all classes"
+            )
+        unclean = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
+        if len(unclean):
+            raise DataError(f"{client.id}: inputs must be finite, row {unclean[0]} is not: "
+                            "clean or impute it")
+
+
+def _pooled(clients: Sequence[Client]) -> list[Client]:
+    """All rows at one client, with the first client's model."""
+    inputs = np.concatenate([client.data.inputs for client in clients])
+    labels = np.concatenate([client.data.labels for client in clients])
+    first = clients[0]
+    return [Client("pooled", first.build, Rows(inputs, labels), None, first.training)]
+
+
+def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    return ", ".join(sorted(key for key in now if before.get(key) != now[key]))

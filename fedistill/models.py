@@ -1,0 +1,200 @@
+"""Small students. A model is handed over as a factory, so that building it can be seeded too.
+
+``partial(fd.models.MLP, 64, 10, width=32)`` is a factory; any callable that returns a
+``torch.nn.Module`` (inputs ``[batch, ...]`` to logits ``[batch, classes]``) or a scikit-learn
+classifier will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  (the name every torch reader knows)
+
+from fedistill.errors import FedistillError
+
+
+class Linear(nn.Module):
+    """Softmax regression on flattened inputs.
+
+    Args:
+        inputs: number of input values.
+        classes: number of classes.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        logits: Tensor = self.head(inputs.flatten(1))
+        return logits
+
+
+class MLP(nn.Module):
+    """Hidden ReLU layers of equal width on flattened inputs.
+
+    Args:
+        inputs: number of input values.
+        classes: number of classes.
+        width: units of a hidden layer.
+        depth: hidden layers.
+    """
+
+    def __init__(self, inputs: int, classes: int, width: int = 64, depth: int = 1) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * depth]
+        layers = [
+            layer
+            for before, after in zip(sizes, sizes[1:], strict=False)
+            for layer in (nn.Linear(before, after), nn.ReLU())
+        ]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        logits: Tensor = self.head(self.trunk(inputs.flatten(1)))
+        return logits
+
+
+class LeNet(nn.Module):
+    """LeNet for one-channel 28x28 images (61,706 parameters with ten classes).
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.head = nn.Linear(84, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        # ReLU after the pool gives the same values for a quarter of the work.
+        hidden = F.relu(F.max_pool2d(self.conv1(inputs), 2))
+        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2)).flatten(1)
+        logits: Tensor = self.head(F.relu(self.fc2(F.relu(self.fc1(hidden)))))
+        return logits
+
+
+class CNN(nn.Module):
+    """Three 3x3 convolutions with GroupNorm, then the mean over places.
+
+    GroupNorm and not BatchNorm: a batch of one row trains, and nothing is shared between the
+    rows of a batch, which differential privacy asks for.
+
+    Args:
+        channels: channels of the image.
+        classes: number of classes.
+        width: channels of the first layer, a multiple of 4; doubled by each further one.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 16) -> None:
+        super().__init__()
+        if width % 4:
+            raise FedistillError(f"a cnn needs a width that is a multiple of 4, found {width}")
+        sizes = [channels, width, 2 * width, 4 * width]
+        layers: list[nn.Module] = []
+        for before, after in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if after < sizes[-1] else []
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(sizes[-1], classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
+        logits: Tensor = self.head(self.trunk(inputs).mean(dim=(2, 3)))
+        return logits
+
+
+def gradient_boosting(seed: int = 0) -> Any:
+    """scikit-learn's histogram gradient-boosted trees, small leaves allowed for small sites."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
+    return HistGradientBoostingClassifier(
+        max_iter=60, learning_rate=0.1, max_leaf_nodes=8, min_samples_leaf=5,
+        l2_regularization=1.0, early_stopping=False, random_state=seed,
+    )
+
+
+def logistic_regression(seed: int = 0) -> Any:
+    """scikit-learn's logistic regression with its default penalty."""
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(max_iter=1000, random_state=seed)
+
+
+def random_forest(seed: int = 0) -> Any:
+    """scikit-learn's random forest of 200 trees."""
+    from sklearn.ensemble import RandomForestClassifier
+
+    return RandomForestClassifier(n_estimators=200, min_samples_leaf=2, random_state=seed, n_jobs=1)
+
+
+def factory(
+    name: str, shape: Sequence[int], classes: int, *, width: int = 64, depth: int = 1
+) -> Callable[[], Any]:
+    """The factory of a model that settings name.
+
+    Args:
+        name: one of ``fedistill list models``.
+        shape: shape of one input row.
+        classes: number of classes.
+        width: hidden units or channels, where the model has them.
+        depth: hidden layers, where the model has them.
+
+    Raises:
+        FedistillError: unknown name, or a model that cannot take such rows.
+    """
+    inputs = math.prod(shape)
+    if name == "linear":
+        return partial(Linear, inputs, classes)
+    if name == "mlp":
+        return partial(MLP, inputs, classes, width=width, depth=depth)
+    if name == "lenet":
+        if tuple(shape) != (1, 28, 28):
+            raise FedistillError(
+                f"lenet takes images of 1x28x28, the rows are {'x'.join(map(str, shape))}: "
+                "use cnn or mlp"
+            )
+        return partial(LeNet, classes)
+    if name == "cnn":
+        if len(shape) != 3:
+            raise FedistillError(
+                f"cnn takes images (channels, height, width), the rows are "
+                f"{'x'.join(map(str, shape))}: use mlp or linear"
+            )
+        return partial(CNN, shape[0], classes, width=width)
+    classic = {
+        "gradient-boosting": gradient_boosting,
+        "logistic-regression": logistic_regression,
+        "random-forest": random_forest,
+    }
+    if name in classic:
+        return classic[name]
+    raise FedistillError(f'unknown model "{name}"')
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of trainable values; four bytes each is what FedAvg sends."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def pick_device(name: str) -> torch.device:
+    """``cpu``, ``cuda``, or for ``auto`` CUDA where there is one.
+
+    Raises:
+        FedistillError: CUDA is asked for and absent.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise FedistillError(f'device "{name}" is asked for, this machine has none: use cpu')
+    return torch.device(name)

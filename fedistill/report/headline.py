@@ -1,0 +1,145 @@
+"""The top of the report: what was run, what came of it, and what a reader must not miss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedistill.report import words
+from fedistill.report.folder import Run
+from fedistill.report.words import number
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number with its name and a line of context."""
+
+    name: str
+    value: str
+    context: str
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Savings:
+    """How many times fewer bytes than FedAvg: in all, up, and down. Below 1 the run lost."""
+
+    total: float | None
+    up: float | None
+    down: float | None
+
+
+def savings(run: Run) -> Savings:
+    """The savings of a run, from its figures per client-round."""
+    fedavg = run.figure("fedavg_bytes_per_client_round")
+    up = run.figure("bytes_up_per_client_round")
+    down = run.figure("bytes_down_per_client_round")
+    total = run.figure("bytes_saving")
+    if total is None and fedavg is not None and up is not None and down is not None and up + down:
+        total = 2 * fedavg / (up + down)
+    return Savings(total, _ratio(fedavg, up), _ratio(fedavg, down))
+
+
+def sentence(run: Run) -> str:
+    """The headline."""
+    method, clients, done = run.method, run.figure("clients"), len(run.rounds)
+    who = words.count(int(clients), "site") if clients else "Several sites"
+    after = f" after {words.count(done, 'round')}"
+    student = run.figure("student_accuracy")
+    mean = run.figure("client_accuracy_mean")
+    if not done:
+        return f"{who} started, and no round was finished"
+    if student is not None:
+        spread = number(run.summary.get("student_accuracy_sd"))
+        return f"{who}, one student: {words.percent(student, spread)} correct{after}"
+    if mean is not None:
+        return f"{who}: {words.percent(mean)} correct on average{after}"
+    return f"{who}{after}{f', by {method}' if method else ''}"
+
+
+def lead(run: Run) -> str:
+    """Two or three sentences in plain words under the headline."""
+    method, summary = run.method, run.text("method_summary", 240).rstrip(".")
+    said = [f"Method: {method}" + (f", {_lower(summary)}." if summary else ".")] if method else []
+    rows, asked = run.figure("proxy_rows"), run.figure("proxy_per_round")
+    if rows:
+        part = f", {asked:,.0f} of them in each round" if asked and asked < rows else ""
+        said.append(f"The sites kept their own rows and shared only predictions on "
+                    f"{rows:,.0f} proxy rows{part}.")
+    if run.repeats:
+        said.append(f"Figures are means over {words.count(len(run.repeats), 'repeat')} with "
+                    "different seeds; ± and bands are one standard deviation.")
+    return " ".join(said)
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The four numbers of a run."""
+    saving = savings(run).total
+    spread = number(run.summary.get("client_accuracy_mean_sd"))
+    first = next(iter(run.curve("client_accuracy_mean")), None)
+    mean = run.figure("client_accuracy_mean")
+    context = f"least {words.percent(run.figure('client_accuracy_min'))}"
+    if first and mean is not None and len(run.rounds) > 1:
+        context += f"; {words.percent(first.y)} after round {first.x:.0f}"
+    auc = run.figure("student_auc")
+    ratio = saving if saving is None or saving >= 1 else 1 / saving
+    epsilon = run.figure("epsilon_max")
+    return [
+        Tile("Student", words.percent(run.figure("student_accuracy")),
+             "correct on the test rows" + (f"; AUC {auc:.3f}" if auc is not None else "")),
+        Tile("Clients, mean", words.percent(mean, spread), context),
+        Tile("Bytes against FedAvg", words.times(ratio),
+             "unknown" if saving is None else "fewer, both ways together" if saving >= 1
+             else "MORE, both ways together", bad=saving is not None and saving < 1),
+        Tile("Privacy", "no DP" if epsilon is None else f"ε = {epsilon:.3g}",
+             privacy(run) if epsilon is None else "spent by the site that spent most"),
+    ]
+
+
+def privacy(run: Run) -> str:
+    """What is promised, plainly; without a mechanism ``no differential privacy``."""
+    table = run.table("privacy")
+    statement = words.clean(table.get("statement") or "", 300)
+    mechanism = words.clean(table.get("mechanism") or "none", 40)
+    if statement:
+        return statement
+    if mechanism == "none" and run.figure("epsilon_max") is None:
+        return "no differential privacy"
+    return f"{mechanism}: unit, relation and δ are not stated, so ε says nothing by itself"
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader must see before the numbers."""
+    said = []
+    status = run.text("status", 80)
+    if status.startswith("failed"):
+        reason = status.partition(":")[2].strip()
+        why = {"quorum": "too few usable uploads"}.get(reason, reason)
+        said.append(f"The run failed{f': {why}' if why else ''}. "
+                    "The figures are those of the last finished round.")
+    elif status == "interrupted" or not run.summary:
+        said.append("The run did not finish. The figures are those of the last finished round.")
+    saved = savings(run)
+    if saved.total is not None and saved.total < 1:
+        said.append(f"This run sent {words.against_fedavg(saved.total)} for the same student. "
+                    "Fewer proxy rows, a smaller codec or fewer rows per round would change that.")
+    else:
+        for way, value in (("up", saved.up), ("down", saved.down)):
+            if value is not None and value < 1:
+                said.append(f"On the way {way} this run sent {words.against_fedavg(value)}.")
+    return said
+
+
+def notes(run: Run) -> list[str]:
+    """The run's own notes and what the reader of the folder missed."""
+    own = run.summary.get("notes")
+    found = own if isinstance(own, list) else []
+    return [words.clean(note, 400) for note in found[:40]] + list(run.remarks)
+
+
+def _ratio(fedavg: float | None, ours: float | None) -> float | None:
+    return fedavg / ours if fedavg is not None and ours else None
+
+
+def _lower(summary: str) -> str:
+    """A sentence made to follow a comma; abbreviations keep their capitals."""
+    return summary if summary[1:2].isupper() else summary[:1].lower() + summary[1:]

@@ -1,0 +1,193 @@
+"""The table of sites: what each had before, what it has after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedistill.report import words
+from fedistill.report.bars import sparkline
+from fedistill.report.folder import Run
+from fedistill.report.words import clean, number
+
+ORDER = ("local", "first round", "client", "student", "left-out student", "best single other",
+         "centralised")
+"""Columns in the order of reading; others follow."""
+MEANING: Mapping[str, str] = {
+    "local": "alone, with as much training",
+    "first round": "own rows only",
+    "client": "its model at the end",
+    "student": "the server's model",
+    "left-out student": "a student taught without this site",
+    "best single other": "the best other site's model",
+    "centralised": "all rows in one place",
+}
+MOST = 500
+"""Rows shown at most."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: its text, the difference to the reference column, and whether it is the best."""
+
+    text: str
+    change: str = ""
+    tone: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site's line."""
+
+    name: str
+    rows: str
+    model: str
+    seen: str
+    spark: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """One metric for all sites.
+
+    Attributes:
+        title: the metric.
+        columns: names and meanings of the figures.
+        reference: the column that differences refer to, or an empty text.
+        rows: the sites.
+        mean: the mean over sites, a cell per column.
+        sentence: how many sites gained.
+        left_out: sites beyond the longest table.
+        unit: what a difference is counted in.
+        extras: which describing columns have content: rows, model, seen, spark.
+    """
+
+    title: str
+    columns: tuple[tuple[str, str], ...]
+    reference: str
+    rows: tuple[SiteRow, ...]
+    mean: tuple[Cell, ...]
+    sentence: str
+    left_out: int
+    unit: str
+    extras: frozenset[str]
+
+
+def site_tables(run: Run) -> list[SiteTable]:
+    """Accuracy, and AUC where any site has one; empty when the run tells nothing about sites."""
+    sites = {str(key): site for key, site in run.table("sites").items() if isinstance(site, Mapping)}
+    if not sites:
+        return []
+    sparks = _sparks(run, list(sites))
+    tables = [
+        _table("Accuracy", "accuracy", sites, sparks, words.percent, 100, 1, "percentage points"),
+        _table("AUC", "auc", sites, {}, words.share, 1, 3, "AUC"),
+    ]
+    return [table for table in tables if table.columns]
+
+
+def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
+           sparks: Mapping[str, str], form: Callable[[float | None, float | None], str],
+           scale: float, digits: int, unit: str) -> SiteTable:
+    figures = {name: _figures(site, metric) for name, site in sites.items()}
+    columns = _columns(figures.values())
+    reference = next((name for name in ("local", "first round") if name in columns), "")
+    rows = []
+    for name in list(sites)[:MOST]:
+        site, found = sites[name], figures[name]
+        cells = _cells(found, columns, reference, form, scale, digits)
+        seen = number(site.get("classes_seen"))
+        rows.append(SiteRow(
+            clean(name, 40), _whole(site.get("rows")), clean(site.get("model") or "", 32),
+            "" if seen is None else f"{seen:.0f}", sparks.get(name, ""), cells,
+        ))
+    means = {
+        column: (sum(values) / len(values), None)
+        for column in columns
+        if (values := [f[column][0] for f in figures.values() if column in f])
+        and len(values) == len(figures)
+    }
+    extras = frozenset(
+        key for key in ("rows", "model", "seen", "spark") if any(getattr(r, key) for r in rows))
+    return SiteTable(
+        title=title, columns=tuple((clean(c, 32), MEANING.get(c, "")) for c in columns),
+        reference=reference, rows=tuple(rows), sentence=_sentence(figures, reference), unit=unit,
+        mean=_cells(means, columns, reference, form, scale, digits), extras=extras,
+        left_out=max(0, len(sites) - MOST),
+    )
+
+
+Figures = dict[str, tuple[float, float | None]]
+
+
+def _figures(site: Mapping[str, Any], metric: str) -> Figures:
+    table = site.get("figures")
+    found: Figures = {}
+    for column, values in table.items() if isinstance(table, Mapping) else ():
+        if isinstance(values, Mapping) and (value := number(values.get(metric))) is not None:
+            found[str(column)] = (value, number(values.get(f"{metric}_sd")))
+    return found
+
+
+def _columns(figures: Sequence[Figures] | Any) -> tuple[str, ...]:
+    present = dict.fromkeys(column for found in figures for column in found)
+    known = [column for column in ORDER if column in present]
+    return (*known, *(column for column in present if column not in ORDER))
+
+
+def _cells(found: Figures, columns: Sequence[str], reference: str,
+           form: Callable[[float | None, float | None], str], scale: float, digits: int,
+           ) -> tuple[Cell, ...]:
+    shown = {column: round(value * scale, digits) for column, (value, _) in found.items()}
+    top = max(shown.values(), default=0.0)
+    mark = len(shown) > 1 and any(value != top for value in shown.values())
+    base = found.get(reference)
+    cells = []
+    for column in columns:
+        if column not in found:
+            cells.append(Cell(words.MISSING))
+            continue
+        value, sd = found[column]
+        change = tone = ""
+        if base is not None and column != reference:
+            change = words.signed(scale * (value - base[0]), digits)
+            tone = {"+": "gain", "−": "loss"}.get(change[0], "")
+        cells.append(Cell(form(value, sd), change, tone, mark and shown[column] == top))
+    return tuple(cells)
+
+
+def _sentence(figures: Mapping[str, Figures], reference: str) -> str:
+    """How many sites have a better model at the end than they would have had."""
+    pairs = [(f["client"][0], f[reference][0]) for f in figures.values()
+             if "client" in f and reference in f]
+    if not pairs:
+        return ""
+    better = sum(round(after - before, 3) > 0 for after, before in pairs)
+    worse = sum(round(after - before, 3) < 0 for after, before in pairs)
+    what = "training alone" if reference == "local" else "their first round"
+    return (f"Compared with {what}, {better} of {words.count(len(pairs), 'site')} ended better, "
+            f"{worse} worse.")
+
+
+def _sparks(run: Run, names: Sequence[str]) -> dict[str, str]:
+    """Each site's accuracy over the rounds, all on one scale."""
+    curves = {name: [
+        value for row in run.rounds if isinstance(row.get("client_accuracy"), Mapping)
+        and (value := number(row["client_accuracy"].get(name))) is not None
+    ] for name in names[:MOST]}
+    values = [value for curve in curves.values() for value in curve]
+    if not values:
+        return {}
+    low, high = min(values), max(values)
+    return {
+        name: sparkline(curve, low, high, f"from {curve[0]:.1%} to {curve[-1]:.1%}")
+        for name, curve in curves.items() if curve
+    }
+
+
+def _whole(value: object) -> str:
+    found = number(value)
+    return "" if found is None else f"{found:,.0f}"

@@ -1,0 +1,185 @@
+"""State on disk: one file per owner, written whole or not at all, with the generation before it.
+
+A file is ``magic, version, sha256, content``; the content is safetensors (named arrays and text,
+nothing that could carry code). Writing goes to a temporary name, is synced, and renamed; the
+former file stays as ``NAME.previous``. A file that was cut short is noticed by its checksum, and
+the generation before is used instead, with a word about it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedistill.errors import CheckpointError, RunError
+from fedistill.types import State
+
+MAGIC = b"FDstate\n"
+SCHEMA = 1
+HEADER = len(MAGIC) + 2 + 32
+
+
+def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> None:
+    """Replace a file in one step: a reader, or a crash, sees the old content or the new one.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            link = path.with_name(f".{path.name}.{os.getpid()}.link")
+            link.unlink(missing_ok=True)
+            os.link(path, link)
+            link.replace(previous(path))
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from None
+
+
+def previous(path: Path) -> Path:
+    """Where the generation before ``path`` is kept."""
+    return path.with_name(path.name + ".previous")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in this folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def probe(folder: Path) -> None:
+    """Create the folder and write to it once, so that a run fails at its start and not later.
+
+    Raises:
+        RunError: it cannot be created or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.rglob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        test = folder / ".probe"
+        test.write_bytes(b"fedistill")
+        test.unlink()
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    if error.errno == errno.ENOSPC:
+        return RunError(f"disk full while writing {path}: free some space, then --resume")
+    return RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out")
+
+
+def save_state(path: Path, arrays: State, meta: Mapping[str, Any]) -> None:
+    """Write named arrays and JSON-able facts as the newest generation of ``path``."""
+    write_atomic(path, state_bytes(arrays, meta), keep_previous=True)
+
+
+def state_bytes(arrays: State, meta: Mapping[str, Any]) -> bytes:
+    """The content of a state file."""
+    from safetensors.numpy import save
+
+    tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    content: bytes = save(tensors, metadata={"meta": json.dumps(meta)})
+    digest = hashlib.sha256(content).digest()
+    return MAGIC + SCHEMA.to_bytes(2, "little") + digest + content
+
+
+def load_state(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any], str | None]:
+    """The newest whole generation of ``path``: arrays, facts, and a note if it is the older one.
+
+    Raises:
+        CheckpointError: neither generation is whole, the format is newer than this program, or
+            the file is of a kind that could carry code.
+        FileNotFoundError: there is no such state.
+    """
+    try:
+        return *_read(path), None
+    except (CheckpointError, FileNotFoundError) as broken:
+        if not previous(path).exists() or getattr(broken, "final", False):
+            raise
+        arrays, meta = _read(previous(path))
+        return arrays, meta, f"{path.name} is damaged, the generation before it was used"
+
+
+class _Final(CheckpointError):
+    """Not a damaged file but a wrong one: the older generation would not help."""
+
+    final = True
+
+
+def _read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    data = path.read_bytes()
+    if data[:2] in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
+        raise _Final(f"{path} is a pickle or an archive, which can carry code: it is not opened")
+    if data[: len(MAGIC)] != MAGIC or len(data) < HEADER:
+        raise CheckpointError(f"{path} is damaged or not a fedistill state")
+    schema = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 2], "little")
+    content = data[HEADER:]
+    if hashlib.sha256(content).digest() != data[len(MAGIC) + 2 : HEADER]:
+        raise CheckpointError(f"{path} is damaged (its checksum does not hold)")
+    if schema > SCHEMA:
+        raise _Final(f"{path} has format {schema} and needs a newer fedistill (this one: {SCHEMA})")
+    try:
+        arrays = load(content)
+        length = int.from_bytes(content[:8], "little")
+        meta = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["meta"])
+    except (SafetensorError, ValueError, KeyError):
+        raise CheckpointError(f"{path} is damaged (its content cannot be read)") from None
+    return arrays, meta
+
+
+def same_names(saved: State, wanted: State, owner: str) -> None:
+    """Refuse a state of another model, naming what differs.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    missing, extra = sorted(set(wanted) - set(saved)), sorted(set(saved) - set(wanted))
+    shapes = [
+        f"{name} {list(saved[name].shape)} instead of {list(wanted[name].shape)}"
+        for name in sorted(set(saved) & set(wanted))
+        if saved[name].shape != wanted[name].shape
+    ]
+    if missing or extra or shapes:
+        parts = [
+            f"missing {', '.join(missing[:4])}" if missing else "",
+            f"unexpected {', '.join(extra[:4])}" if extra else "",
+            f"other shape: {'; '.join(shapes[:4])}" if shapes else "",
+        ]
+        raise CheckpointError(
+            f"the saved state of {owner} belongs to another model ({'; '.join(filter(None, parts))}): "
+            "resume with the settings it was written with, or start in a new folder"
+        )
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write JSON for people and tools, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def save_lines(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Write JSON lines, atomically."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+    write_atomic(path, text.encode())

@@ -1,0 +1,109 @@
+"""The few shapes of data that pass between the parts. NumPy only: this floor imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from fedistill.errors import DataError
+
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
+Logits: TypeAlias = FloatArray
+"""Scores before softmax, ``[rows, classes]``; of several clients ``[clients, rows, classes]``."""
+Probs: TypeAlias = FloatArray
+"""Rows that sum to one, ``[rows, classes]``."""
+State: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""What a stateful part saves: flat names to arrays, nothing that could carry code."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Labelled rows of one owner.
+
+    Attributes:
+        inputs: ``[n, ...]`` float32.
+        labels: ``[n]`` int64, class numbers from 0.
+        ids: ``[n]`` int64 row numbers in the source, to prove that no row is used twice.
+        site: ``[n]`` strings, the value of the site column, where the source has one.
+    """
+
+    inputs: FloatArray
+    labels: IntArray
+    ids: IntArray | None = None
+    site: npt.NDArray[np.str_] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.labels):
+            raise DataError(
+                f"inputs and labels must have equal length, found {len(self.inputs)} and "
+                f"{len(self.labels)}: check how the rows were read"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, rows: npt.ArrayLike) -> Rows:
+        """The given row numbers, in that order."""
+        index = np.asarray(rows, dtype=np.int64)
+        return replace(
+            self,
+            inputs=self.inputs[index],
+            labels=self.labels[index],
+            ids=None if self.ids is None else self.ids[index],
+            site=None if self.site is None else self.site[index],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A source, split into what clients may own, what everybody sees, and what measures.
+
+    ``public.labels`` are all -1: labels of proxy rows are never used.
+    """
+
+    name: str
+    train: Rows
+    test: Rows
+    public: Rows
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ProxySet:
+    """The shared unlabelled rows ``[n, ...]``, known by their fingerprint."""
+
+    inputs: FloatArray
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) == 0:
+            raise DataError("a proxy set needs at least one row, found none: raise [proxy] rows")
+        if not np.isfinite(self.inputs).all():
+            row = int(np.argwhere(~np.isfinite(self.inputs).reshape(len(self), -1).all(1))[0, 0])
+            raise DataError(f"proxy rows must be finite, row {row} is not: clean or impute it")
+        object.__setattr__(self, "inputs", np.ascontiguousarray(self.inputs, dtype=np.float32))
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over shape and content; part of every message."""
+        return self.measure()
+
+    def measure(self) -> str:
+        """The fingerprint computed afresh, to notice rows that changed since the start."""
+        digest = hashlib.sha256(repr(self.inputs.shape).encode())
+        digest.update(np.ascontiguousarray(self.inputs, dtype="<f4").tobytes())
+        return digest.hexdigest()
+
+
+def fingerprint_classes(classes: tuple[str, ...]) -> str:
+    """sha256 (hex) of the class names in order: two sites must mean the same by class 3."""
+    return hashlib.sha256("\x1f".join(classes).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""What travels and how: messages and codecs. No pickle, no trust."""
