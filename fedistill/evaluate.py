@@ -45,4 +45,5 @@ def measure_round(
         "student_auc": shown["auc"] if shown else None,
         "client_auc_mean": float(np.mean(aucs)) if aucs else None,
         "client_accuracy": {name: figures["accuracy"] for name, figures in clients.items()},
+        "client_auc": {name: figures["auc"] for name, figures in clients.items()} if aucs else None,
     }

@@ -16,7 +16,7 @@ def stratified(labels: IntArray, count: int, rng: np.random.Generator) -> IntArr
     1
     """
     _, numbers, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    shares = allot(sizes, min(count, len(labels)))
+    shares = allot(sizes, count)
     chosen = [
         rng.permutation(np.flatnonzero(numbers == number))[:share]
         for number, share in enumerate(shares)
@@ -32,13 +32,14 @@ def allot(sizes: IntArray, count: int) -> IntArray:
     >>> allot(np.array([90, 9, 1]), 10).tolist()
     [8, 1, 1]
     """
+    count = min(count, int(sizes.sum()))
     exact = sizes * count / max(int(sizes.sum()), 1)
     shares = np.floor(exact).astype(np.int64)
     if count >= (sizes > 0).sum():
         shares = np.maximum(shares, sizes > 0)
     while shares.sum() > count:
         shares[np.argmax(np.where(shares > 1, shares - exact, -np.inf))] -= 1
-    while shares.sum() < min(count, int(sizes.sum())):
+    while shares.sum() < count:
         shares[np.argmax(np.where(shares < sizes, exact - shares, -np.inf))] += 1
     return shares
 

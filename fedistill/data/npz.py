@@ -50,7 +50,8 @@ def read_npz(query: Query) -> Table:
 def load_arrays(place: Path, wanted: list[str] | None = None) -> Arrays:
     """The arrays of an archive, all or those wanted; code inside is refused."""
     try:
-        with np.load(place, allow_pickle=False) as archive:
+        # Opened here, because np.load leaves the file open when it finds no archive in it.
+        with place.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise ValueError
             names = [name for name in archive.files if wanted is None or name in wanted]

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedistill.config import ClientsSettings
 from fedistill.data.files import data_root
@@ -123,10 +125,12 @@ def client_id(site: str) -> str:
 
 def by_file(rows: Rows, path: str | Path, key: str) -> list[Rows]:
     """Row numbers from an npz file: arrays KEY_0, KEY_1 and so on, and 'public'."""
-    parts, _ = file_numbers(path, key, len(rows) if rows.ids is None else int(rows.ids.max()) + 1)
     if rows.ids is None:
-        return [rows.take(part) for part in parts]
-    place = np.full(int(rows.ids.max()) + 1, -1, dtype=np.int64)
+        return [rows.take(part) for part in file_numbers(path, key, len(rows))[0]]
+    # Some rows of the source may already be held out, so its length is not known here.
+    parts, _ = file_numbers(path, key)
+    length = 1 + max(int(numbers.max(initial=-1)) for numbers in (rows.ids, *parts))
+    place = np.full(length, -1, dtype=np.int64)
     place[rows.ids] = np.arange(len(rows))
     for number, part in enumerate(parts):
         if (place[part] < 0).any():
@@ -137,10 +141,17 @@ def by_file(rows: Rows, path: str | Path, key: str) -> list[Rows]:
     return [rows.take(place[part]) for part in parts]
 
 
-def file_numbers(path: str | Path, key: str, total: int) -> tuple[list[IntArray], IntArray]:
+def file_numbers(
+    path: str | Path, key: str, total: int = 2**31
+) -> tuple[list[IntArray], IntArray]:
     """Checked row numbers of each client, and of the public rows if there are any.
 
     Each row at most once over all of them; the file may leave rows out.
+
+    Args:
+        path: the npz file.
+        key: what the arrays of the clients are called, before "_0" and so on.
+        total: how many rows the source has, where that is known.
     """
     arrays = load_arrays(_partition_file(path))
     names: list[str] = []
@@ -153,27 +164,34 @@ def file_numbers(path: str | Path, key: str, total: int) -> tuple[list[IntArray]
             f"clients.partition_key to one of {', '.join(known) or 'the names in the file'}"
         )
     used = [name for name in (*names, "public") if name in arrays]
-    owner = np.full(total, -1, dtype=np.int64)
-    for index, name in enumerate(used):
-        numbers = arrays[name]
-        if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-            raise DataError(f"{path}: expected a list of whole numbers as {name}, found "
-                            f"{numbers.dtype} {numbers.shape}: store row numbers")
-        outside = (numbers < 0) | (numbers >= total)
-        if outside.any():
-            raise DataError(
-                f"{path}: expected row numbers from 0 to {total - 1}, {name} holds another at "
-                f"position {int(np.argmax(outside))}: was the file made for another source?"
-            )
-        if len(np.unique(numbers)) < len(numbers) or (owner[numbers] >= 0).any():
-            other = used[int(owner[numbers].max(initial=-1))] if (owner[numbers] >= 0).any() else ""
-            raise DataError(
-                f"{path}: expected each row at most once, {name} holds one "
-                f"{f'that {other} holds too' if other else 'twice'}: remove it"
-            )
-        owner[numbers] = index
+    for name in used:
+        _check_numbers(arrays[name], f"{path}: {name}", total)
+    everything = np.concatenate([arrays[name] for name in used])
+    owner = np.repeat(np.arange(len(used)), [len(arrays[name]) for name in used])
+    order = np.argsort(everything, kind="stable")
+    twice = np.flatnonzero(np.diff(everything[order]) == 0)
+    if len(twice):
+        one, other = (used[owner[order[at]]] for at in (twice[0], twice[0] + 1))
+        raise DataError(
+            f"{path}: expected each row at most once, found one in {one} and again in {other}: "
+            "remove it from one"
+        )
     public = arrays.get("public", _NONE).astype(np.int64)
     return [arrays[name].astype(np.int64) for name in names], public
+
+
+def _check_numbers(numbers: npt.NDArray[Any], name: str, total: int) -> None:
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
+        raise DataError(
+            f"{name}: expected a list of whole numbers, found {numbers.dtype} {numbers.shape}: "
+            "store row numbers"
+        )
+    outside = (numbers < 0) | (numbers >= total)
+    if outside.any():
+        raise DataError(
+            f"{name}: expected row numbers from 0 to {total - 1}, found another at position "
+            f"{int(np.argmax(outside))}: was the file made for another source?"
+        )
 
 
 def _partition_file(path: str | Path) -> Path:

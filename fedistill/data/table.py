@@ -80,7 +80,11 @@ def align(table: Table, like: Table) -> Table:
     if table.classes == like.classes:
         return aligned
     number = {name: index for index, name in enumerate(like.classes)}
-    numbers = np.array([number.get(name, -1) for name in table.classes], dtype=np.int64)
+    # The test file of Adult, in most copies, ends each label with a dot.
+    numbers = np.array(
+        [number.get(name, number.get(name.rstrip("."), -1)) for name in table.classes],
+        dtype=np.int64,
+    )
     labels = numbers[table.labels]
     if (labels < 0).any():
         raise DataError(

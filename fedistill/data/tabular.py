@@ -24,6 +24,7 @@ Column: TypeAlias = FloatArray | Sequence[str | None]
 """Numbers with NaN where missing, or texts with None where missing."""
 
 MOST_TEXTS = 50
+LONGEST_NAME = 60
 LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -86,9 +87,9 @@ def label_column(frame: Frame, query: Query) -> int | None:
 
 
 def labels_of(frame: Frame, query: Query) -> Labels:
-    """Class numbers of the label column; all -1 where it is absent and not needed."""
+    """Class numbers of the label column; all -1 where they are not needed."""
     index = label_column(frame, query)
-    if index is None:
+    if index is None or not query.labelled:
         return np.full(len(frame), -1, dtype=np.int64), ()
     values, above = frame.columns[index], query.settings.positive_above
     if frame.classes and above is None and isinstance(values, np.ndarray):
@@ -118,10 +119,10 @@ def sites(frame: Frame, query: Query) -> dict[str, Texts]:
         extra = frame.extras.get(query.column)
         return {} if extra is None else {query.column: np.array(extra, dtype=np.str_)}
     column = frame.columns[index]
-    if isinstance(column, np.ndarray):
-        texts = ["" if np.isnan(value) else number_text(value) for value in column]
-    else:
-        texts = [text or "" for text in column]
+    texts = [] if isinstance(column, np.ndarray) else [text or "" for text in column]
+    numbers = column if isinstance(column, np.ndarray) else as_numbers(texts)
+    if numbers is not None:
+        texts = [number_text(value) if np.isfinite(value) else "" for value in numbers]
     if "" in texts:
         raise DataError(
             f'{frame.where(texts.index(""))}: expected a site in column "{query.column}", found '
@@ -141,8 +142,8 @@ def find_column(wanted: str, frame: Frame, setting: str) -> int:
         number = len(names)
     if -len(names) <= number < len(names):
         return number % len(names)
-    # Names that are numbers are most likely the first row of the data, which must not be shown.
-    hidden = any(as_numbers([name]) is not None for name in names)
+    # Such names are most likely the first row of the data, which must not be shown.
+    hidden = any(len(name) > LONGEST_NAME or as_numbers([name]) is not None for name in names)
     hint = (
         f"; name it by a number from 0 to {len(names) - 1} (-1 is the last), and set data.header = "
         "false if the first line holds data"

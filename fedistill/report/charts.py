@@ -89,7 +89,7 @@ def agreement(run: Run) -> list[Figure]:
     drawn = [
         Figure(title, caption, line_chart(
             [series], ident=ident, title=title, x_label="round", y_label="", x_format=_plain,
-            y_format=y_format, width=430, height=210, least=0, most=most, names_at_ends=True,
+            y_format=y_format, width=430, height=200, least=0, most=most, names_at_ends=False,
         )) for ident, title, caption, series, y_format, most in half
     ]
     return [figure for figure in drawn if figure.wide]
@@ -110,7 +110,7 @@ def traffic(run: Run) -> list[Figure]:
         [Series("this run", ours, colour=0, weight="bold"),
          Series("FedAvg", theirs, colour=6, dash=1)],
         ident="traffic", title="Bytes of the whole run", x_label="round", y_label="",
-        x_format=_plain, y_format=words.human_bytes, width=430, height=210, least=0,
+        x_format=_plain, y_format=words.human_bytes, width=430, height=200, least=0,
     )
     drawn = [
         Figure("Per client and round", "What one client sends and receives in one round.", bars),

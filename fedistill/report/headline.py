@@ -49,8 +49,7 @@ def sentence(run: Run) -> str:
     if not done:
         return f"{who} started, and no round was finished"
     if student is not None:
-        spread = number(run.summary.get("student_accuracy_sd"))
-        return f"{who}, one student: {words.percent(student, spread)} correct{after}"
+        return f"{who}, one student: {words.percent(student)} correct{after}"
     if mean is not None:
         return f"{who}: {words.percent(mean)} correct on average{after}"
     return f"{who}{after}{f', by {method}' if method else ''}"
@@ -74,7 +73,6 @@ def lead(run: Run) -> str:
 def tiles(run: Run) -> list[Tile]:
     """The four numbers of a run."""
     saving = savings(run).total
-    spread = number(run.summary.get("client_accuracy_mean_sd"))
     first = next(iter(run.curve("client_accuracy_mean")), None)
     mean = run.figure("client_accuracy_mean")
     context = f"least {words.percent(run.figure('client_accuracy_min'))}"
@@ -85,8 +83,8 @@ def tiles(run: Run) -> list[Tile]:
     epsilon = run.figure("epsilon_max")
     return [
         Tile("Student", words.percent(run.figure("student_accuracy")),
-             "correct on the test rows" + (f"; AUC {auc:.3f}" if auc is not None else "")),
-        Tile("Clients, mean", words.percent(mean, spread), context),
+             _spread(run, "student_accuracy") + "correct on the test rows" + (f"; AUC {auc:.3f}" if auc is not None else "")),
+        Tile("Clients, mean", words.percent(mean), _spread(run, "client_accuracy_mean") + context),
         Tile("Bytes against FedAvg", words.times(ratio),
              "unknown" if saving is None else "fewer, both ways together" if saving >= 1
              else "MORE, both ways together", bad=saving is not None and saving < 1),
@@ -138,6 +136,14 @@ def notes(run: Run) -> list[str]:
 
 def _ratio(fedavg: float | None, ours: float | None) -> float | None:
     return fedavg / ours if fedavg is not None and ours else None
+
+
+def _spread(run: Run, key: str) -> str:
+    """``± 1.8; `` where a run was repeated: the summary's deviation, else the last round's."""
+    deviation = number(run.summary.get(f"{key}_sd"))
+    if deviation is None and (curve := run.curve(key)):
+        deviation = curve[-1].sd
+    return "" if deviation is None else f"± {100 * deviation:.1f}; "
 
 
 def _lower(summary: str) -> str:

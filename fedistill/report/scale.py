@@ -35,7 +35,7 @@ def linear(
         count: how many ticks are wished for.
         least: the axis never goes below.
         most: the axis never goes above.
-        whole: ticks at whole numbers only.
+        whole: ticks at whole numbers only; with ``tight`` the first and the last are among them.
         tight: the axis ends at the extreme values.
     """
     found = list(values)
@@ -53,8 +53,13 @@ def linear(
     high = high if most is None else min(high, most)
     if high - low < 1e-12:
         high = low + step
-    marks = (round(k * step, 10) for k in range(first, last + 1))
-    return Axis(low, high, tuple(m for m in marks if low - 1e-9 <= m <= high + 1e-9))
+    marks = [round(k * step, 10) for k in range(first, last + 1)]
+    marks = [mark for mark in marks if low - 1e-9 <= mark <= high + 1e-9]
+    if whole and tight:
+        ends = (float(math.ceil(low)), float(math.floor(high)))
+        inner = [m for m in marks if ends[0] + 0.6 * step < m < ends[1] - 0.6 * step]
+        marks = sorted({*ends, *inner})
+    return Axis(low, high, tuple(marks))
 
 
 def log10(values: Iterable[float], *, tight: bool = False) -> Axis:
@@ -74,7 +79,7 @@ def log10(values: Iterable[float], *, tight: bool = False) -> Axis:
 
 
 def _step(rough: float, whole: bool) -> float:
-    """The round number (1, 2, 2.5 or 5 times a power of ten) at or above a rough step."""
+    """The round number (1, 2, 2.5 or 5 times a power of ten) near a rough step."""
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.9999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.8)
     return max(1.0, float(math.ceil(step))) if whole else step

@@ -29,9 +29,10 @@ MOST = 500
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: its text, the difference to the reference column, and whether it is the best."""
+    """One figure: text, deviation, difference to the reference column, whether it is the best."""
 
     text: str
+    spread: str = ""
     change: str = ""
     tone: str = ""
     best: bool = False
@@ -42,9 +43,7 @@ class SiteRow:
     """One site's line."""
 
     name: str
-    rows: str
-    model: str
-    seen: str
+    about: str
     spark: str
     cells: tuple[Cell, ...]
 
@@ -62,7 +61,7 @@ class SiteTable:
         sentence: how many sites gained.
         left_out: sites beyond the longest table.
         unit: what a difference is counted in.
-        extras: which describing columns have content: rows, model, seen, spark.
+        sparks: whether any site has a curve.
     """
 
     title: str
@@ -73,7 +72,7 @@ class SiteTable:
     sentence: str
     left_out: int
     unit: str
-    extras: frozenset[str]
+    sparks: bool
 
 
 def site_tables(run: Run) -> list[SiteTable]:
@@ -90,7 +89,7 @@ def site_tables(run: Run) -> list[SiteTable]:
 
 
 def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
-           sparks: Mapping[str, str], form: Callable[[float | None, float | None], str],
+           sparks: Mapping[str, str], form: Callable[[float | None], str],
            scale: float, digits: int, unit: str) -> SiteTable:
     figures = {name: _figures(site, metric) for name, site in sites.items()}
     columns = _columns(figures.values())
@@ -99,24 +98,19 @@ def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
     for name in list(sites)[:MOST]:
         site, found = sites[name], figures[name]
         cells = _cells(found, columns, reference, form, scale, digits)
-        seen = number(site.get("classes_seen"))
-        rows.append(SiteRow(
-            clean(name, 40), _whole(site.get("rows")), clean(site.get("model") or "", 32),
-            "" if seen is None else f"{seen:.0f}", sparks.get(name, ""), cells,
-        ))
+        about = _about(site) if metric == "accuracy" else ""
+        rows.append(SiteRow(clean(name, 40), about, sparks.get(name, ""), cells))
     means = {
         column: (sum(values) / len(values), None)
         for column in columns
         if (values := [f[column][0] for f in figures.values() if column in f])
         and len(values) == len(figures)
     }
-    extras = frozenset(
-        key for key in ("rows", "model", "seen", "spark") if any(getattr(r, key) for r in rows))
     return SiteTable(
         title=title, columns=tuple((clean(c, 32), MEANING.get(c, "")) for c in columns),
         reference=reference, rows=tuple(rows), sentence=_sentence(figures, reference), unit=unit,
-        mean=_cells(means, columns, reference, form, scale, digits), extras=extras,
-        left_out=max(0, len(sites) - MOST),
+        mean=_cells(means, columns, reference, form, scale, digits),
+        sparks=any(row.spark for row in rows), left_out=max(0, len(sites) - MOST),
     )
 
 
@@ -139,7 +133,7 @@ def _columns(figures: Sequence[Figures] | Any) -> tuple[str, ...]:
 
 
 def _cells(found: Figures, columns: Sequence[str], reference: str,
-           form: Callable[[float | None, float | None], str], scale: float, digits: int,
+           form: Callable[[float | None], str], scale: float, digits: int,
            ) -> tuple[Cell, ...]:
     shown = {column: round(value * scale, digits) for column, (value, _) in found.items()}
     top = max(shown.values(), default=0.0)
@@ -155,7 +149,8 @@ def _cells(found: Figures, columns: Sequence[str], reference: str,
         if base is not None and column != reference:
             change = words.signed(scale * (value - base[0]), digits)
             tone = {"+": "gain", "−": "loss"}.get(change[0], "")
-        cells.append(Cell(form(value, sd), change, tone, mark and shown[column] == top))
+        spread = "" if sd is None else f"± {scale * sd:.{digits}f}"
+        cells.append(Cell(form(value), spread, change, tone, mark and shown[column] == top))
     return tuple(cells)
 
 
@@ -188,6 +183,12 @@ def _sparks(run: Run, names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _whole(value: object) -> str:
-    found = number(value)
-    return "" if found is None else f"{found:,.0f}"
+def _about(site: Mapping[str, Any]) -> str:
+    """Rows, model and classes of a site in a few words."""
+    rows, seen = number(site.get("rows")), number(site.get("classes_seen"))
+    parts = [
+        words.count(int(rows), "row") if rows is not None else "",
+        clean(site.get("model") or "", 32),
+        f"{seen:.0f} {'class' if seen == 1 else 'classes'}" if seen is not None else "",
+    ]
+    return " · ".join(part for part in parts if part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +16,7 @@ COLOURS = 7
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 CHARACTER = 6.6
 """Mean width of a character at the charts' 12 px, to leave room for texts."""
+ZERO = re.compile(r"(\.\d*?)0(\D*)$")
 HOVER = 600
 """Above so many points a chart carries no values to hover over."""
 
@@ -110,7 +112,9 @@ def line_chart(
     if not drawn:
         return ""
     ends = [_end_label(one, y_format, names_at_ends) for one in drawn]
-    legend, legend_height = ("", 0.0) if names_at_ends else legend_rows(drawn, width)
+    legend, legend_height = ("", 0.0)
+    if not names_at_ends and len(drawn) > 1:
+        legend, legend_height = legend_rows(drawn, width)
     ys = [p.y + side * (p.sd or 0) for one in drawn for p in one.points for side in (-1, 1)]
     xs = [p.x for one in drawn if not one.level for p in one.points] or [
         p.x for one in drawn for p in one.points]
@@ -119,9 +123,9 @@ def line_chart(
         xs, count=10 if wide else 5, whole=True, tight=True)
     y_axis = scale.linear(ys, count=5 if height > 220 else 3, least=least, most=most)
     plot = Plot(
-        x_axis, y_axis, left=10 + CHARACTER * max(len(y_format(tick)) for tick in y_axis.ticks),
-        right=width - 14 - CHARACTER * max(map(len, ends)), top=30 + legend_height,
-        bottom=height - 40,
+        x_axis, y_axis, left=10 + CHARACTER * max(map(len, ticks(y_axis, y_format))),
+        right=width - 14 - CHARACTER * max(map(len, ends)),
+        top=(30 if y_label else 10) + legend_height, bottom=height - 40,
     )
     spoken = "; ".join(f"{one.name} ends at {y_format(one.points[-1].y)}" for one in drawn)
     lines = "".join(_draw(one, plot, x_format, y_format) for one in reversed(drawn))
@@ -135,11 +139,11 @@ def line_chart(
 def frame(plot: Plot, x_label: str, y_label: str, x_format: Format, y_format: Format,
           drop: float = 0) -> str:
     """Grid lines, ticks and axis names."""
-    parts = [text(y_label, 0, 14 + drop, klass="axis-name")]
-    for tick in plot.y.ticks:
+    parts = [text(y_label, 0, 14 + drop, klass="axis-name")] if y_label else []
+    for tick, words in zip(plot.y.ticks, ticks(plot.y, y_format), strict=True):
         _, y = plot.at(plot.x.low, tick)
         parts.append(element("line", klass="grid", x1=plot.left, x2=plot.right, y1=y, y2=y))
-        parts.append(text(y_format(tick), plot.left - 6, y + 4, klass="tick", text_anchor="end"))
+        parts.append(text(words, plot.left - 6, y + 4, klass="tick", text_anchor="end"))
     parts.append(element("line", klass="axis", x1=plot.left, x2=plot.right,
                          y1=plot.bottom, y2=plot.bottom))
     for tick in plot.x.ticks:
@@ -149,6 +153,14 @@ def frame(plot: Plot, x_label: str, y_label: str, x_format: Format, y_format: Fo
     parts.append(text(x_label, (plot.left + plot.right) / 2, plot.bottom + 36, klass="axis-name",
                       text_anchor="middle"))
     return "".join(parts)
+
+
+def ticks(axis: Axis, form: Format) -> list[str]:
+    """The texts at an axis, without decimals that are zero in all of them."""
+    texts = [form(tick) for tick in axis.ticks]
+    while (pointed := [t for t in texts if "." in t]) and all(ZERO.search(t) for t in pointed):
+        texts = [ZERO.sub(_without_zero, t) for t in texts]
+    return texts
 
 
 def legend_rows(series: Sequence[Series], width: float) -> tuple[str, float]:
@@ -175,7 +187,7 @@ def _draw(one: Series, plot: Plot, x_format: Format, y_format: Format) -> str:
                    stroke_dasharray=DASHES[one.dash])
     dots = ""
     if len(places) <= HOVER:
-        radius = 3.0 if len(places) <= 16 and one.weight != "thin" else 1.6 if len(places) <= 40 else 0
+        radius = 3.0 if len(places) == 1 or (len(places) <= 16 and one.weight != "thin") else 0.0
         dots = "".join(
             _dot(place, point, one, radius, x_format, y_format)
             for place, point in zip(places, one.points, strict=True)
@@ -222,14 +234,25 @@ def spread_out(wished: Sequence[float], *, gap: float, low: float, high: float) 
     """Positions in the same order, at least ``gap`` apart, near the wished ones and in range."""
     order = sorted(range(len(wished)), key=lambda k: wished[k])
     gap = min(gap, (high - low) / max(len(wished) - 1, 1))
+    pools: list[list[float]] = []  # neighbours that move together: where their first one would be
+    for place, k in enumerate(order):
+        pools.append([wished[k] - gap * place])
+        while len(pools) > 1 and _mean(pools[-2]) >= _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    starts = [_mean(pool) for pool in pools for _ in pool]
+    last = high - gap * (len(wished) - 1)
     placed = [0.0] * len(wished)
-    before = low - gap
-    for k in order:
-        placed[k] = before = max(wished[k], before + gap)
-    after = high + gap
-    for k in reversed(order):
-        placed[k] = after = min(placed[k], after - gap)
+    for place, (k, start) in enumerate(zip(order, starts, strict=True)):
+        placed[k] = min(max(start, low), last) + gap * place
     return placed
+
+
+def _without_zero(found: re.Match[str]) -> str:
+    return found[1].removesuffix(".") + found[2]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _end_label(one: Series, y_format: Format, named: bool) -> str:

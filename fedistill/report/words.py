@@ -64,21 +64,21 @@ def human_bytes(value: float | None) -> str:
 
 
 def times(value: float | None) -> str:
-    """A ratio, ``214×`` or ``3.4×`` or ``0.62×``."""
+    """A ratio, ``214×`` or ``3.4×`` or ``1.02×``."""
     if value is None:
         return MISSING
     if value >= 99.5:
         return f"{value:,.0f}×"
-    return f"{value:.1f}×" if value >= 9.95 else f"{value:.2g}×"
+    return f"{value:.1f}×" if value >= 1.95 else f"{value:.2f}×"
 
 
 def against_fedavg(saving: float | None) -> str:
     """A saving in words, ``12× fewer bytes than FedAvg``."""
     if saving is None or saving <= 0:
         return "bytes against FedAvg unknown"
-    if times(saving) in {"1×", "1.0×"}:
-        return "as many bytes as FedAvg"
     ratio, word = (saving, "fewer") if saving > 1 else (1 / saving, "more")
+    if times(ratio) == "1.00×":
+        return "as many bytes as FedAvg"
     return f"{times(ratio)} {word} bytes than FedAvg"
 
 
@@ -114,3 +114,12 @@ def ranges(numbers: Iterable[int]) -> str:
 
 def _three(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def round_bytes(value: float) -> str:
+    """A round number of bytes for an axis, ``300 kB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999:
+            return f"{value:g} {unit}"
+        value = round(value / 1000, 6)
+    return f"{value:g} TB"

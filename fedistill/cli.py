@@ -1,0 +1,162 @@
+"""The command line: thin commands, with their imports inside, so that help is instant."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedistill.errors import FedistillError
+
+if TYPE_CHECKING:
+    from fedistill.config import Settings
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="fedistill",
+    help="Federated distillation: sites teach one another through predictions on public rows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[Path, typer.Argument(help="Settings file (TOML).", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. clients.alpha=0.1."),
+]
+
+
+@app.command()
+def run(
+    file: File,
+    overrides: Overrides = None,
+    backend: Annotated[str | None, typer.Option(help="What runs the clients.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random is derived from it.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder.")] = False,
+) -> None:
+    """Run an experiment: the round table live, then a run folder with a report."""
+    from fedistill import experiment
+    from fedistill.report import RoundTable
+
+    changes = [*(overrides or [])]
+    given = {"backend.name": backend, "rounds": rounds, "seed": seed}
+    changes += [f"{key}={value}" for key, value in given.items() if value is not None]
+    summary = experiment.run(
+        file, overrides=changes, out=out, resume=resume, show=RoundTable
+    )
+    folder = Path(summary["folder"])
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def check(file: File, overrides: Overrides = None) -> None:
+    """Validate a settings file without training: all problems at once, then the plan."""
+    from fedistill import config
+    from fedistill.plan import describe
+
+    settings = config.load(file, overrides or [])
+    for line in describe(settings):
+        typer.echo(line)
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="One kind, e.g. rules.")] = None,
+) -> None:
+    """List what can be named in settings: methods, rules, codecs, models, sources, ..."""
+    from fedistill import catalog
+    from fedistill.errors import Problem, SettingsError, did_you_mean
+
+    if kind is not None and kind not in catalog.TABLES:
+        text = f'unknown kind "{kind}"{did_you_mean(kind, catalog.TABLES)}'
+        raise SettingsError([Problem("list", text)], "usage")
+    for shown in [kind] if kind else list(catalog.TABLES):
+        names = catalog.known(shown)
+        width = max(len(name) for name in names)
+        typer.echo(shown if kind is None else "", nl=kind is None)
+        for name in names:
+            paper = getattr(catalog.table(shown)[name], "paper", "")
+            end = f"  [{paper}]" if paper else ""
+            typer.echo(f"  {name:<{width}}  {catalog.summary(shown, name)}{end}")
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Write RUN/report.html afresh from what the run folder holds."""
+    from fedistill.report import write_report
+
+    typer.echo(f"report: {write_report(folder)}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders.")],
+    out: Annotated[Path, typer.Option(help="Where the page with the plot goes.")] = Path(
+        "comparison.html"
+    ),
+) -> None:
+    """Compare runs: a table side by side, and a page with the plot."""
+    from rich.console import Console
+
+    from fedistill.report import compare as compare_runs
+    from fedistill.report import write_comparison
+
+    Console().print(compare_runs(folders).render())
+    typer.echo(f"plot: {write_comparison(folders, out)}")
+
+
+@app.command()
+def new(
+    file: File,
+    example: Annotated[str, typer.Option(help="digits, images, hospitals or csv.")] = "digits",
+) -> None:
+    """Write a commented settings file to start from."""
+    from fedistill.starters import write_starter
+
+    write_starter(file, example)
+    typer.echo(f"{file}: edit it, then `fedistill check {file}` and `fedistill run {file}`")
+
+
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Entry point: errors become one sentence and an exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except FedistillError as error:
+        typer.echo(f"fedistill: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("fedistill: interrupted; the same command with --resume goes on", err=True)
+        sys.exit(INTERRUPTED)
+    except typer.Exit as leaving:
+        sys.exit(leaving.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        # Click's own usage errors carry an exit code; anything else is ours and keeps its trace.
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        typer.echo(f"fedistill: {error.format_message()} (see --help)", err=True)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """SIGTERM is treated like Ctrl-C: the write in progress ends, the run can be resumed."""
+    del signum, frame
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

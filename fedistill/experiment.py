@@ -1,0 +1,343 @@
+"""From a settings file to a run folder: what ``fedistill run`` does, callable from Python.
+
+One experiment may be several federations: repeats over seeds, baselines on the same rows, and one
+federation without each client in turn. Each is a run folder of its own, so each resumes alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedistill import config, data, models, store
+from fedistill.client import Client
+from fedistill.config import Settings, TrainSettings
+from fedistill.data import Federated
+from fedistill.distill.recipe import Recipe
+from fedistill.errors import CheckpointError, QuorumError, RunError
+from fedistill.federation import Federation
+from fedistill.presets import METHODS, Method
+from fedistill.presets import method as preset
+from fedistill.sites import average, cross_figures, site_table
+from fedistill.types import ProxySet
+
+Summary = dict[str, Any]
+
+
+class Watch(Protocol):
+    """Something that shows a run while it goes on."""
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """A round is done."""
+
+    def advance(self, label: str, done: int, total: int) -> None:
+        """Something within a round is done."""
+
+
+class _Silent:
+    def add(self, row: Mapping[str, Any]) -> None:
+        del row
+
+    def advance(self, label: str, done: int, total: int) -> None:
+        del label, done, total
+
+
+Show = Callable[[str, int], AbstractContextManager[Watch]]
+
+
+def silent(title: str, rounds: int) -> AbstractContextManager[Watch]:
+    """Show nothing."""
+    del title, rounds
+    return contextlib.nullcontext(_Silent())
+
+
+def run(
+    source: str | Path | Settings,
+    *,
+    overrides: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    show: Show = silent,
+) -> Summary:
+    """Run an experiment and write its run folder.
+
+    Args:
+        source: a settings file, or settings.
+        overrides: ``key=value`` texts, as with ``--set``.
+        out: the run folder; None: ``runs/NAME``, numbered if it is taken.
+        resume: go on from what the folder holds.
+        show: called with a title and a number of rounds, returns what shows them.
+
+    Returns:
+        What stands in ``summary.json``.
+
+    Raises:
+        SettingsError: something is wrong with the settings.
+        DataError: something is wrong with the data.
+        RunError: the run cannot go on (quorum, disk, changed proxy rows).
+    """
+    import torch
+
+    settings = source if isinstance(source, Settings) else config.load(source, overrides)
+    name = "experiment" if isinstance(source, Settings) else Path(source).stem
+    folder = Path(out) if out is not None else default_folder(name, resume=resume)
+    store.probe(folder)
+    remember(settings, folder, resume=resume)
+    torch.set_num_threads(settings.backend.threads)
+    if settings.evaluation.repeats == 1:
+        summary = run_seed(settings, folder, name, resume=resume, show=show)
+    else:
+        summary = run_repeats(settings, folder, name, resume=resume, show=show)
+    from fedistill.report import write_report
+
+    write_report(folder)
+    return summary | {"folder": str(folder)}
+
+
+def default_folder(name: str, *, resume: bool) -> Path:
+    """``runs/NAME``; the next free ``runs/NAME-2`` ... for a new run, the newest for a resumed."""
+    base, number = Path("runs") / name, 1
+    taken: Path | None = None
+    while True:
+        folder = base if number == 1 else base.with_name(f"{name}-{number}")
+        if not (folder / "config.toml").exists():
+            return taken if resume and taken else folder
+        taken, number = folder, number + 1
+
+
+def remember(settings: Settings, folder: Path, *, resume: bool) -> None:
+    """Write ``config.toml``; a resumed run must have the same, but for the number of rounds."""
+    path = folder / "config.toml"
+    if resume and path.exists():
+        before = config.load(path)
+        if dataclasses.replace(before, rounds=settings.rounds) != settings:
+            changed = [
+                item.name
+                for item in dataclasses.fields(Settings)
+                if item.name != "rounds"
+                and getattr(before, item.name) != getattr(settings, item.name)
+            ]
+            raise CheckpointError(
+                f"{folder} holds a run with other settings ({', '.join(changed)}): resume with "
+                "the same settings, or choose another folder with --out"
+            )
+    store.write_atomic(path, config.to_toml(settings).encode())
+
+
+# --- several federations -------------------------------------------------------------------------
+
+
+def run_repeats(
+    settings: Settings, folder: Path, name: str, *, resume: bool, show: Show
+) -> Summary:
+    """The same experiment over several seeds; figures are means, with their deviations."""
+    summaries, histories = [], []
+    for seed in range(settings.seed, settings.seed + settings.evaluation.repeats):
+        once = dataclasses.replace(
+            settings, seed=seed,
+            evaluation=dataclasses.replace(settings.evaluation, repeats=1),
+        )
+        home = folder / f"seed-{seed}"
+        summaries.append(run_seed(once, home, f"{name}, seed {seed}", resume=resume, show=show))
+        histories.append(summaries[-1].pop("history"))
+    summary = average(summaries) | {
+        "name": name, "seed": settings.seed, "repeats": len(summaries),
+        "seeds": [entry["seed"] for entry in summaries],
+    }
+    store.save_lines(folder / "rounds.jsonl", [
+        average(rows) for rows in zip(*histories, strict=False)
+    ])
+    store.save_json(folder / "summary.json", summary)
+    return summary
+
+
+def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show: Show) -> Summary:
+    """One seed: the federation, its baselines, and the federations without one client each."""
+    federated = data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+    chosen = method_of(settings)
+    summary = run_one(settings, federated, chosen, folder, name, resume=resume, show=show)
+    others: dict[str, Summary] = {}
+    for baseline in settings.evaluation.baselines:
+        home = folder / "baselines" / baseline
+        others[baseline] = run_one(
+            settings, federated, preset(baseline), home, f"{name}, {baseline}",
+            resume=resume, show=show,
+        )
+    left_out: dict[str, Summary] = {}
+    if settings.evaluation.leave_one_out:
+        for site in federated.parts:
+            rest = dataclasses.replace(
+                federated, parts={k: v for k, v in federated.parts.items() if k != site}
+            )
+            home = folder / "leave-one-out" / site
+            left_out[site] = run_one(
+                settings, rest, chosen, home, f"{name}, without {site}", resume=resume, show=show
+            )
+    summary["sites"] = site_table(summary, others, left_out)
+    public = {key: value for key, value in summary.items() if key != "history"}
+    store.save_json(folder / "summary.json", public)
+    return summary
+
+
+def run_one(
+    settings: Settings,
+    federated: Federated,
+    chosen: Method,
+    folder: Path,
+    name: str,
+    *,
+    resume: bool,
+    show: Show,
+) -> Summary:
+    """One federation from its first (or next) round to its last."""
+    federation = assemble(settings, federated, chosen)
+    store.probe(folder)
+    own = dataclasses.replace(
+        settings, method=dataclasses.replace(settings.method, preset=chosen.name)
+    )
+    if not (folder / "config.toml").exists():
+        store.write_atomic(folder / "config.toml", config.to_toml(own).encode())
+    status = "interrupted"
+    try:
+        with show(name, settings.rounds) as watch:
+            rows = federation.run(
+                settings.rounds, federated.dataset.test, out=folder, resume=resume,
+                progress=watch.advance,
+            )
+            for row in rows:
+                watch.add(row)
+        status = "done"
+    except QuorumError:
+        status = "failed:quorum"
+        raise
+    except RunError:
+        status = "failed"
+        raise
+    finally:
+        with contextlib.suppress(RunError if status != "done" else ()):
+            summary = summarise(federation, settings, federated, name, status)
+            store.save_json(
+                folder / "summary.json", {k: v for k, v in summary.items() if k != "history"}
+            )
+    return summary
+
+
+def summarise(
+    federation: Federation, settings: Settings, federated: Federated, name: str, status: str
+) -> Summary:
+    """What ``summary.json`` holds of one federation."""
+    return federation.summary() | {
+        "name": name,
+        "rounds": len(federation.history),
+        "source": federated.dataset.name,
+        "partition": settings.clients.partition,
+        "backend": settings.backend.name,
+        "status": status,
+        "versions": versions(),
+        "cross": cross_figures(federation, federated) if status == "done" else {},
+        "rows": {name: len(part) for name, part in federated.parts.items()},
+        "models": {name: train.model for name, train in _training(settings, federated).items()},
+        "history": list(federation.history),
+    }
+
+
+# --- from settings to parts ----------------------------------------------------------------------
+
+
+def method_of(settings: Settings) -> Method:
+    """The preset with what the settings change in it."""
+    changes = {
+        item.name: getattr(settings.method, item.name)
+        for item in dataclasses.fields(settings.method)
+        if item.name != "preset" and getattr(settings.method, item.name) is not None
+    }
+    return preset(settings.method.preset, **changes)
+
+
+def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federation:
+    """A federation from settings and prepared rows."""
+    dataset = federated.dataset
+    shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
+    training = _training(settings, federated)
+    student = student_factory(settings, shape, classes)
+    clients = [
+        Client(
+            name,
+            student if chosen.exchange == "rows" else models.factory(
+                training[name].model, shape, classes,
+                width=training[name].width, depth=training[name].depth,
+            ),
+            part,
+            federated.tests.get(name),
+            recipe(training[name]),
+        )
+        for name, part in federated.parts.items()
+    ]
+    return Federation(
+        clients,
+        ProxySet(dataset.public.inputs),
+        student,
+        chosen,
+        classes=dataset.classes,
+        seed=settings.seed,
+        per_round=settings.proxy.per_round,
+        participation=settings.clients.participation,
+        quorum=min(settings.clients.quorum, len(clients)),
+        training=recipe(settings.clients),
+        student_options=student_options(settings),
+        device=settings.backend.device,
+        limit=int(settings.backend.max_message_mb * (1 << 20)),
+    )
+
+
+def student_factory(
+    settings: Settings, shape: tuple[int, ...], classes: int
+) -> Callable[[], Any]:
+    """The factory of the server's student: its own kind of model, or that of the clients."""
+    wanted = settings.student.model or settings.clients.model
+    kind = wanted if wanted in {"linear", "mlp", "lenet", "cnn"} else "mlp"
+    return models.factory(
+        kind, shape, classes, width=settings.student.width, depth=settings.student.depth
+    )
+
+
+def student_options(settings: Settings) -> dict[str, Any]:
+    """What [student] sets, as fields of :class:`Recipe`."""
+    names = {"epochs": "distil_epochs"}
+    return {
+        names.get(item.name, item.name): getattr(settings.student, item.name)
+        for item in dataclasses.fields(settings.student)
+        if item.name not in {"model", "width", "depth"}
+        and getattr(settings.student, item.name) is not None
+    }
+
+
+def recipe(training: TrainSettings) -> Recipe:
+    """Settings of training as a recipe."""
+    names = {item.name for item in dataclasses.fields(Recipe)}
+    known = {item.name for item in dataclasses.fields(TrainSettings)} & names
+    return Recipe(**{name: getattr(training, name) for name in known})
+
+
+def _training(settings: Settings, federated: Federated) -> dict[str, TrainSettings]:
+    ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
+    resolved = config.client_settings(settings.clients, ids)
+    return {name: resolved[name] for name in federated.parts}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the run."""
+    found = {"python": platform.python_version()}
+    for package in ("fedistill", "torch", "numpy", "scikit-learn"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+__all__ = ["METHODS", "assemble", "method_of", "run"]

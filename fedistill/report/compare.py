@@ -1,0 +1,232 @@
+"""Several runs side by side, in the terminal and as a page."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from rich.table import Table
+from rich.text import Text
+
+from fedistill.errors import RunError
+from fedistill.report import charts, headline, words
+from fedistill.report.charts import Figure
+from fedistill.report.folder import Point, Run, read_run
+from fedistill.report.page import fill, write
+from fedistill.report.svg import Series, line_chart
+from fedistill.report.words import clean, number
+
+SIDE_BY_SIDE = 4
+"""Up to so many runs stand as columns in the terminal; more stand as rows."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of one run, and whether it is the best of its line."""
+
+    text: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that is compared, with an entry per run."""
+
+    name: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs, their labels, the lines of the table, and what makes a comparison unfair."""
+
+    runs: tuple[Run, ...]
+    labels: tuple[str, ...]
+    lines: tuple[Line, ...]
+    cautions: tuple[str, ...]
+
+
+def compare(paths: Sequence[str | Path]) -> Comparison:
+    """Read the runs and lay them side by side.
+
+    Raises:
+        RunError: no paths, or one of them is no run.
+    """
+    if not paths:
+        raise RunError("expected at least one run folder, found none: name the folders to compare")
+    runs = tuple(read_run(path) for path in paths)
+    lines = [
+        _words("method", [run.method for run in runs]),
+        _words("split", [split(run) for run in runs]),
+        _words("seed", [_seeds(run) for run in runs]),
+        _line("student", runs, lambda run: run.figure("student_accuracy"), words.percent,
+              sd="student_accuracy", digits=3),
+        _line("student AUC", runs, lambda run: run.figure("student_auc"), words.share,
+              sd="student_auc", digits=3),
+        _line("clients, mean", runs, lambda run: run.figure("client_accuracy_mean"), words.percent,
+              sd="client_accuracy_mean", digits=3),
+        _line("clients, least", runs, lambda run: run.figure("client_accuracy_min"), words.percent,
+              sd="client_accuracy_min", digits=3),
+        _words("rounds", [f"{len(run.rounds):,}" for run in runs]),
+        _line("up, client-round", runs, lambda run: run.figure("bytes_up_per_client_round"),
+              words.human_bytes, lowest=True, digits=0),
+        _line("down, client-round", runs, lambda run: run.figure("bytes_down_per_client_round"),
+              words.human_bytes, lowest=True, digits=0),
+        _line("saving against FedAvg", runs, lambda run: headline.savings(run).total, words.times,
+              digits=2),
+        _words("ε", [_epsilon(run) for run in runs]),
+        _line("time", runs, lambda run: run.total("seconds") or None, words.duration, lowest=True,
+              digits=1),
+    ]
+    kept = tuple(line for line in lines if any(e.text != words.MISSING for e in line.entries))
+    return Comparison(runs, _labels(runs), kept, tuple(_cautions(runs)))
+
+
+def render(comparison: Comparison) -> Table:
+    """The table for a terminal: few runs as columns, many as rows."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    labels = [Text(label, style="bold") for label in comparison.labels]
+    lines = comparison.lines
+    if len(labels) <= SIDE_BY_SIDE:
+        table.add_column("")
+        for label in labels:
+            table.add_column(label, justify="right", overflow="fold")
+        for line in lines:
+            table.add_row(Text(line.name, style="dim"), *map(_mark, line.entries))
+    else:
+        table.add_column("run", overflow="fold")
+        for line in lines:
+            table.add_column(Text(line.name), justify="right")
+        for place, label in enumerate(labels):
+            table.add_row(label, *(_mark(line.entries[place]) for line in lines))
+    if any(entry.best for line in lines for entry in line.entries):
+        table.caption = Text("● best of the line", style="dim")
+        table.caption_justify = "left"
+    return table
+
+
+def write_comparison(paths: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the comparison as a self-contained page to the file ``out`` and return its path.
+
+    Raises:
+        RunError: one of the paths is no run, or the page cannot be written.
+    """
+    comparison = compare(paths)
+    content = fill("compare.html", {
+        "safe": Markup, "name": "comparison", "labels": comparison.labels,
+        "lines": comparison.lines, "cautions": comparison.cautions,
+        "figures": figures(comparison),
+    })
+    return write(Path(out), content)
+
+
+def figures(comparison: Comparison) -> list[Figure]:
+    """Accuracy by round, and by the bytes sent until then; the students', else the clients' mean."""
+    by_round, by_bytes = [], []
+    for place, (run, label) in enumerate(zip(comparison.runs, comparison.labels, strict=True)):
+        points = run.curve("student_accuracy") or run.curve("client_accuracy_mean")
+        sent = {point.x: point.y for point in charts.cumulative(run)}
+        look = {"colour": place % 7, "dash": place // 7 % 4}
+        by_round.append(Series(clean(label, 28), points, **look))
+        by_bytes.append(Series(clean(label, 28), tuple(
+            Point(sent[p.x], p.y, p.sd) for p in points if sent.get(p.x)), **look))
+    who = "student" if any(r.curve("student_accuracy") for r in comparison.runs) else "clients, mean"
+    drawn = [
+        charts.both("rounds", "Accuracy by round",
+                    f"Accuracy of the {who}. A run whose line ends early had fewer rounds.",
+                    by_round, "correct", words.percent),
+        _by_bytes(by_bytes),
+    ]
+    return [figure for figure in drawn if figure.wide]
+
+
+def split(run: Run) -> str:
+    """How the rows were dealt, in a few words."""
+    clients = run.setting("clients")
+    table = clients if isinstance(clients, dict) else {}
+    kind = clean(table.get("partition") or "", 24)
+    detail = {"dirichlet": f"α={clean(table.get('alpha'), 8)}",
+              "shards": f"{clean(table.get('classes_per_client'), 8)} each",
+              "by-column": clean(table.get("column") or "", 24),
+              "file": clean(table.get("partition_key") or "", 24)}.get(kind, "")
+    amount = run.figure("clients")
+    sites = "" if amount is None else words.count(int(amount), "site")
+    return ", ".join(part for part in (f"{kind} {detail}".strip(), sites) if part)
+
+
+def _by_bytes(series: list[Series]) -> Figure:
+    title = "Accuracy by bytes sent"
+
+    def draw(width: float, height: float, named: bool) -> str:
+        return line_chart(
+            series, ident=f"sent-{width:g}", title=title, y_label="correct", log_x=True,
+            x_label="bytes sent so far, all clients, both ways (logarithmic)", least=0, most=1,
+            x_format=words.round_bytes, y_format=words.percent, width=width, height=height,
+            names_at_ends=named,
+        )
+
+    caption = "Further left is cheaper, further up is better."
+    return Figure(title, caption, draw(900, 340, True), draw(charts.NARROW, 300, False))
+
+
+def _words(name: str, texts: Sequence[str]) -> Line:
+    return Line(name, tuple(Entry(text or words.MISSING) for text in texts))
+
+
+def _line(name: str, runs: Sequence[Run], value: Callable[[Run], float | None],
+          form: Callable[..., str], *, digits: int, lowest: bool = False, sd: str = "") -> Line:
+    """A line of figures; the best are marked where they are known of several and not all equal."""
+    found = [value(run) for run in runs]
+    known = [round(v, digits) for v in found if v is not None]
+    best = (min if lowest else max)(known, default=None)
+    marked = len(known) > 1 and any(v != best for v in known)
+    spreads = [number(run.summary.get(f"{sd}_sd")) if sd else None for run in runs]
+    texts = [form(v) if s is None else form(v, s) for v, s in zip(found, spreads, strict=True)]
+    return Line(name, tuple(
+        Entry(text, marked and v is not None and round(v, digits) == best)
+        for text, v in zip(texts, found, strict=True)))
+
+
+def _mark(entry: Entry) -> Text:
+    return Text(f"● {entry.text}" if entry.best else entry.text, style="bold" if entry.best else "")
+
+
+def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
+    """A label per run: its name, with the folder and then a number where names are shared."""
+    labels = [run.name for run in runs]
+    for more in (lambda run, k: f" ({clean(run.path.resolve().name, 24)})",
+                 lambda run, k: f" {k + 1}"):
+        shared = {label for label, times in Counter(labels).items() if times > 1}
+        labels = [label + more(run, k) if label in shared else label
+                  for k, (run, label) in enumerate(zip(runs, labels, strict=True))]
+    return tuple(labels)
+
+
+def _cautions(runs: Sequence[Run]) -> list[str]:
+    """Differences in what the runs were given, which a reader must know before comparing."""
+    checks: list[tuple[str, Callable[[Run], str]]] = [
+        ("how rows were dealt to sites", split),
+        ("proxy rows", lambda run: run.text("proxy_sha256", 80)),
+        ("seed", lambda run: _seeds(run)),
+        ("data", lambda run: clean(run.setting("data", "source") or "")),
+    ]
+    differing = [name for name, value in checks if len({v for run in runs if (v := value(run))}) > 1]
+    if not differing:
+        return []
+    return [f"The runs differ in more than the method: {', '.join(differing)}. "
+            "A difference in accuracy may come from there."]
+
+
+def _seeds(run: Run) -> str:
+    if run.repeats:
+        return words.count(len(run.repeats), "seed")
+    seed = run.summary.get("seed", run.setting("seed"))
+    return "" if seed is None else clean(seed, 24)
+
+
+def _epsilon(run: Run) -> str:
+    epsilon = run.figure("epsilon_max")
+    return "no DP" if epsilon is None else f"{epsilon:.3g}"

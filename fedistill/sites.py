@@ -1,0 +1,114 @@
+"""The per-site table: every site's own test rows against every model that might serve it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedistill.data import Federated
+from fedistill.evaluate import Figures, measure
+from fedistill.federation import Federation
+from fedistill.types import Rows
+
+Cross = dict[str, dict[str, Figures]]
+"""Model (a client id, or ``student``) to site to figures."""
+
+
+def test_rows(federated: Federated) -> dict[str, Rows]:
+    """The rows each site is measured on: its own, or the common ones."""
+    names = federated.tests or federated.parts
+    return {name: federated.tests.get(name, federated.dataset.test) for name in names}
+
+
+def cross_figures(federation: Federation, federated: Federated) -> Cross:
+    """Every model of a finished run on the test rows of every site.
+
+    Without test rows of their own all sites share one set, which is then measured once a model.
+    """
+    tests = test_rows(federated)
+    learners = {name: site.learner for name, site in federation.sites.items()}
+    if federation.server.student is not None:
+        learners["student"] = federation.server.student
+    cross: Cross = {}
+    for model, learner in learners.items():
+        measured: dict[int, Figures] = {}
+        for rows in tests.values():
+            if id(rows) not in measured and len(rows):
+                measured[id(rows)] = measure(learner, rows)
+        cross[model] = {
+            name: measured[id(rows)] for name, rows in tests.items() if id(rows) in measured
+        }
+    return cross
+
+
+def site_table(
+    summary: Mapping[str, Any], baselines: Mapping[str, Any], left_out: Mapping[str, Any]
+) -> dict[str, Any]:
+    """For each site: its rows, its model, and the figures of every model that could serve it."""
+    table: dict[str, Any] = {}
+    first = summary["history"][0] if summary["history"] else {}
+    for site, rows in summary["rows"].items():
+        figures: dict[str, Figures] = {}
+        alone = (first.get("client_accuracy") or {}).get(site)
+        if alone is not None:
+            figures["first round"] = {
+                "accuracy": alone, "auc": (first.get("client_auc") or {}).get(site)
+            }
+        cross = summary["cross"]
+        figures |= _column("client", cross, site, site) | _column("student", cross, "student", site)
+        for name, baseline in baselines.items():
+            owner = {"local": site, "centralised": "pooled"}.get(name, "student")
+            figures |= _column(name, baseline["cross"], owner, site)
+        if site in left_out:
+            figures |= _column("left-out student", left_out[site]["cross"], "student", site)
+            if "local" in baselines:
+                figures |= _best_other(baselines["local"]["cross"], site)
+        table[site] = {
+            "rows": rows, "model": summary["models"].get(site, ""), "figures": figures
+        }
+    return table
+
+
+def _column(name: str, cross: Cross, model: str, site: str) -> dict[str, Figures]:
+    found = cross.get(model, {}).get(site)
+    return {name: found} if found else {}
+
+
+def _best_other(cross: Cross, site: str) -> dict[str, Figures]:
+    """The best model that another site trained alone, judged on this site: the fairest rival.
+
+    No site could pick it without labels of its own; it is an upper bound for borrowing a model.
+    """
+    others = [found[site] for model, found in cross.items() if model != site and site in found]
+    if not others:
+        return {}
+    best = max(others, key=lambda f: f["auc"] if f["auc"] is not None else f["accuracy"] or 0.0)
+    return {"best single other": best}
+
+
+def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of every number over equal tables, with ``KEY_sd`` beside it; other values of the first.
+
+    Whole numbers that agree stay whole. Nested tables are averaged alike.
+    """
+    merged: dict[str, Any] = {}
+    for key, first in entries[0].items():
+        values = [entry.get(key) for entry in entries]
+        if isinstance(first, Mapping):
+            merged[key] = average([value for value in values if isinstance(value, Mapping)])
+        elif _is_number(first) and all(_is_number(value) for value in values):
+            if len(set(values)) == 1:
+                merged[key] = first
+            else:
+                merged[key] = float(np.mean(values))
+                merged[f"{key}_sd"] = float(np.std(values, ddof=1))
+        else:
+            merged[key] = first
+    return merged
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
