@@ -91,7 +91,7 @@ class Site:
         self.round = 0
         self.upload = b""
         self.targets = np.zeros((len(proxy), len(classes)), dtype=np.float32)
-        self.known = np.zeros(len(proxy), dtype=bool)
+        self.stamp = np.zeros(len(proxy), dtype=np.int64)
         self.notes = list(_observations(client, proxy, len(classes)))
 
     # --- the step ------------------------------------------------------------------------------
@@ -132,12 +132,11 @@ class Site:
         if plan.targets is None:
             return
         rows = plan.targets.rows()
-        if self.method.memory == "round":
-            self.known[:] = False
-        self.targets[rows], self.known[rows] = plan.targets.probs(), True
-        public = np.flatnonzero(self.known)
+        self.targets[rows], self.stamp[rows] = plan.targets.probs(), plan.targets.spec.round
+        taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
-            self.proxy.inputs[public], self.targets[public], seed=self._seed(plan, "absorb")
+            self.proxy.inputs[taught], self.targets[taught],
+            seed=self._seed(plan, "absorb"), weights=weights,
         )
 
     def train(self, plan: Plan) -> None:
@@ -202,7 +201,7 @@ class Site:
         arrays = {f"learner.{name}": value for name, value in self.learner.state_dict().items()}
         arrays |= {
             "targets": self.targets,
-            "known": self.known.astype(np.uint8),
+            "stamp": self.stamp,
             "upload": np.frombuffer(self.upload, dtype=np.uint8),
         }
         store.save_state(self.path, arrays, {"run": self.run, "round": self.round})
@@ -216,7 +215,7 @@ class Site:
         if not hasattr(self.learner, "build"):
             store.same_names(learner, self.learner.state_dict(), self.client.id)
         self.learner.load_state_dict(learner, self.client.data)
-        self.targets, self.known = arrays["targets"], arrays["known"].astype(bool)
+        self.targets, self.stamp = arrays["targets"], arrays["stamp"]
         self.upload = arrays["upload"].tobytes()
         self.run, self.round = meta["run"], meta["round"]
         return f"{self.client.id}: {note}" if note else None

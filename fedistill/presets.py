@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fedistill.aggregate.rules import Rule, configure, wants
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import Problem, SettingsError, did_you_mean
+from fedistill.types import FloatArray, IntArray
 from fedistill.wire.codec import CODECS
 
 
@@ -30,8 +33,8 @@ class Method:
         rule: how predictions become soft targets: a name, or a function.
         sharpen: after the rule: ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``.
         codec: how predictions and targets become bytes.
-        memory: learners are taught the ``latest`` target of every row asked so far, or those of
-            the last ``round`` alone.
+        memory: what a soft target weighs a round later, and again a round later: 0 teaches the
+            last round's rows alone, 1 the latest target of every row so far.
         prior_rows: of the rule ``distribution-weighted``.
         client: fields of :class:`Recipe` in which a client's training differs.
         student: fields of :class:`Recipe` in which the server's student differs from a client.
@@ -45,7 +48,7 @@ class Method:
     rule: str | Rule = "mean"
     sharpen: str = "none"
     codec: str = "u8"
-    memory: str = "round"
+    memory: float = 0.0
     prior_rows: float = 100.0
     client: Mapping[str, Any] = field(default_factory=dict)
     student: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +62,17 @@ class Method:
         shares = wants(self.bound_rule()) if self.exchange == "predictions" else frozenset[str]()
         changes = dict(self.client) | {"familiarity": "familiarity" in shares}
         return dataclasses.replace(base, **changes)
+
+    def lesson(self, stamp: IntArray) -> tuple[IntArray, FloatArray]:
+        """Which proxy rows to teach, and what each weighs, given the round of each target.
+
+        Args:
+            stamp: ``[rows]``, the round in which a row's soft target was made; 0 for none.
+        """
+        age = stamp.max(initial=0) - stamp
+        weights = np.where(stamp > 0, np.power(self.memory, age.astype(np.float64)), 0.0)
+        rows = np.flatnonzero(weights > 0)
+        return rows, weights[rows]
 
     def student_recipe(self, base: Recipe, **own: Any) -> Recipe:
         """How the server's student trains: the method's choice, then what the user sets."""
@@ -78,11 +92,11 @@ METHODS: Mapping[str, Method] = {
             summary="teachers weighted row by row by how familiar a row is to them (ours)",
             paper="Mansour, Mohri and Rostamizadeh 2008 for the combining; the rest is ours",
             rule="distribution-weighted",
-            memory="latest",
-            client={"distil": "inside", "average": 0.95},
+            memory=0.7,
+            client={"distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.5},
             student={
-                "optimizer": "adam", "lr": 1e-3, "distil_epochs": 8, "mixup": 0.5,
-                "average": 0.99, "schedule": "cosine",
+                "optimizer": "adam", "lr": 1e-3, "distil_epochs": 8, "mixup": 1.0,
+                "average": 0.98, "schedule": "cosine",
             },
         ),
         Method(
@@ -111,7 +125,7 @@ METHODS: Mapping[str, Method] = {
             deviations="no weights travel: clients get the soft targets, not the student",
             rule="mean-logits",
             codec="float32",
-            memory="latest",
+            memory=1.0,
             client={"distil": "phase"},
             student={"optimizer": "adam", "lr": 1e-3, "schedule": "cosine"},
         ),

@@ -285,10 +285,10 @@ class Server:
         """Teach the server's student."""
         if self.student is None:
             return
-        oldest = 1 if self.method.memory == "latest" else self.round
-        rows = np.flatnonzero(self.stamp >= oldest)
+        rows, weights = self.method.lesson(self.stamp)
         self.student.absorb(
-            self.proxy.inputs[rows], self.table[rows], seed=derive(self.seed, "server", self.round)
+            self.proxy.inputs[rows], self.table[rows],
+            seed=derive(self.seed, "server", self.round), weights=weights,
         )
 
     # --- state ---------------------------------------------------------------------------------

@@ -18,6 +18,12 @@ from fedistill.errors import DataError
 INPUTS = ("inputs", "images", "data", "x", "X")
 LABELS = ("labels", "y", "targets", "target")
 
+DAMAGE = (
+    ValueError, OSError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, OverflowError,
+    zipfile.BadZipFile, zlib.error,
+)
+"""What a damaged archive can raise; RuntimeError: a byte claims encryption or a later version."""
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -56,7 +62,7 @@ def load_arrays(place: Path, wanted: list[str] | None = None) -> Arrays:
                 raise ValueError
             names = [name for name in archive.files if wanted is None or name in wanted]
             return {name: archive[name] for name in names}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error):
+    except DAMAGE:
         raise DataError(
             f"{place}: expected an npz archive of plain number arrays, found a damaged file or "
             "Python objects (which could carry code): write it again with numpy.savez"

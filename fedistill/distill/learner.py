@@ -16,10 +16,18 @@ from fedistill.types import FloatArray, Logits, Probs, Rows, State
 class Learner(Protocol):
     """Anything that learns. Calls come in rounds: ``absorb``, then ``fit``, then ``predict``."""
 
-    def absorb(self, inputs: FloatArray, soft_targets: Probs, *, seed: int) -> None:
+    def absorb(
+        self,
+        inputs: FloatArray,
+        soft_targets: Probs,
+        *,
+        seed: int,
+        weights: FloatArray | None = None,
+    ) -> None:
         """Learn from public rows ``[rows, ...]`` and their soft targets ``[rows, classes]``.
 
-        A learner may train at once, or keep both and join them to its own rows in ``fit``.
+        A learner may train at once, or keep them and join them to its own rows in ``fit``.
+        ``weights [rows]`` are 1 for fresh targets and less for older ones.
         """
         ...
 

@@ -13,18 +13,19 @@ class Recipe:
         epochs: passes over the own rows in a round.
         batch_size: own rows in a step; as many proxy rows join them.
         lr: learning rate.
-        optimizer: ``sgd``, ``adam`` or ``adamw``; started afresh in every round.
+        optimizer: ``sgd``, ``adam`` or ``adamw``; its state goes on from round to round.
         momentum: of sgd.
         weight_decay: of the optimizer.
         clip: largest gradient norm; 0 leaves gradients alone.
         schedule: ``constant``, or ``cosine``: the rate falls to 0 over each call.
         distil: ``inside`` the local steps, in a ``phase`` of its own before them, or ``never``.
-        distil_epochs: passes over the soft targets in a phase.
+        distil_epochs: passes over the soft targets in a phase; inside the local steps, passes
+            that they get at least, however few the own rows are.
         soft_weight: weight of the soft part beside the cross-entropy of own rows.
         temperature: of the distillation loss.
         loss: ``kl``, or ``mae`` on row-centred logits (FedMD).
-        mixup: concentration of the Beta law that mixes pairs of proxy rows and their targets;
-            0 is off.
+        mixup: concentration of the Beta law that mixes pairs of rows and their targets, 1 is
+            uniform, 0 is off; inside the local steps own rows are mixed with proxy rows too.
         average: decay of the moving average of weights that predicts; 0 predicts with the last.
         familiarity: also learn to tell own rows from proxy rows.
         calibrate: add the log of the own class shares to the logits while training on own rows,
@@ -40,7 +41,7 @@ class Recipe:
     clip: float = 5.0
     schedule: str = "constant"
     distil: str = "inside"
-    distil_epochs: int = 2
+    distil_epochs: int = 1
     soft_weight: float = 1.0
     temperature: float = 1.0
     loss: str = "kl"

@@ -46,14 +46,23 @@ class SklearnStudent:
         self.background = background if recipe.familiarity else None
         self._inputs: FloatArray | None = None
         self._targets: Probs | None = None
+        self._weights: FloatArray = np.empty(0)
         self._model: Any = None
         self._scorer: Any = None
         self._seed = 0
 
-    def absorb(self, inputs: FloatArray, soft_targets: Probs, *, seed: int) -> None:
+    def absorb(
+        self,
+        inputs: FloatArray,
+        soft_targets: Probs,
+        *,
+        seed: int,
+        weights: FloatArray | None = None,
+    ) -> None:
         """Keep the targets for the next fit."""
         del seed
         self._inputs, self._targets = inputs, soft_targets
+        self._weights = np.ones(len(inputs)) if weights is None else weights
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Fit on own rows and absorbed targets together."""
@@ -95,12 +104,13 @@ class SklearnStudent:
             "fitted": np.array([self._model is not None], dtype=np.uint8),
         }
         if self._inputs is not None and self._targets is not None:
-            state |= {"inputs": self._inputs, "targets": self._targets}
+            state |= {"inputs": self._inputs, "targets": self._targets, "weights": self._weights}
         return state
 
     def load_state_dict(self, state: State, rows: Rows) -> None:
         """Restore by fitting again on the same rows and targets, which gives the same model."""
         self._inputs, self._targets = state.get("inputs"), state.get("targets")
+        self._weights = state.get("weights", np.empty(0))
         if bool(state["fitted"][0]):
             self.fit(rows, seed=int(state["seed"][0]))
 
@@ -108,11 +118,12 @@ class SklearnStudent:
         """Own rows with weight 1, then each proxy row once for every class that it may be."""
         inputs, labels = [_flat(rows.inputs)], [rows.labels]
         weights = [np.ones(len(rows), dtype=np.float64)]
-        if self._inputs is not None and self._targets is not None and len(self._inputs):
+        absorbs = self.recipe.distil != "never"
+        if absorbs and self._inputs is not None and self._targets is not None and len(self._inputs):
             row, label = np.nonzero(self._targets > 1e-3)
-            weight = self._targets[row, label].astype(np.float64)
-            own = max(len(rows), 1)
-            scale = self.recipe.soft_weight * own / len(self._inputs) if len(rows) else 1.0
+            weight = self._targets[row, label] * self._weights[row]
+            own = len(rows) / self._weights.sum()
+            scale = self.recipe.soft_weight * own if len(rows) else 1.0
             inputs.append(_flat(self._inputs)[row])
             labels.append(label)
             weights.append(weight * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
+from fedistill.distill.batches import Batch, Memory, local_batches, soft_batches
 from fedistill.distill.recipe import Recipe
-from fedistill.losses import kl_divergence, logit_mae, own_or_proxy
-from fedistill.seeding import derive, generator
+from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
+from fedistill.seeding import derive
 from fedistill.types import FloatArray, IntArray, Logits, Probs, Rows, State
 
 PREDICT_ROWS = 250
@@ -103,38 +105,58 @@ class TorchStudent:
         self._net: nn.Module = self._scored or self.module
         self._averaged = [p.detach().clone() for p in self._weights()] if recipe.average else []
         self._steps = 0
-        self._memory: tuple[Tensor, Tensor] | None = None
+        self._memory: Memory | None = None
+        self._optimizer = _optimizer(recipe, self._weights())
         self._physical = 1 << 30
 
     # --- the three methods of a learner --------------------------------------------------------
 
-    def absorb(self, inputs: FloatArray, soft_targets: Probs, *, seed: int) -> None:
+    def absorb(
+        self,
+        inputs: FloatArray,
+        soft_targets: Probs,
+        *,
+        seed: int,
+        weights: FloatArray | None = None,
+    ) -> None:
         """Distil on soft targets at once (``phase``), or keep them for ``fit`` (``inside``)."""
-        memory = self._tensor(inputs), self._tensor(soft_targets)
+        if weights is None:
+            weights = np.ones(len(inputs))
+        memory = Memory(self._tensor(inputs), self._tensor(soft_targets), weights)
         if self.recipe.distil == "inside":
             self._memory = memory
-        elif self.recipe.distil == "phase" and len(inputs):
-            self._distil(*memory, seed)
+        elif self.recipe.distil == "phase" and len(memory):
+            self._distil(memory, seed)
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Train on own rows, joined by proxy rows; without own rows, on the proxy rows alone."""
         if len(rows) == 0:
-            if self.recipe.distil == "inside" and self._memory is not None:
-                self._distil(*self._memory, seed)
+            if self._memory is not None and len(self._memory):
+                self._distil(self._memory, seed)
             return
-        inputs, labels = self._tensor(rows.inputs), torch.from_numpy(rows.labels).to(self.device)
+        labels = torch.from_numpy(rows.labels).to(self.device)
+        batches = local_batches(
+            self._tensor(rows.inputs),
+            nn.functional.one_hot(labels, self.classes).float(),
+            self._memory,
+            self.background if self._scored is not None else None,
+            self.recipe,
+            seed,
+        )
         offset = self._log_shares(rows.labels) if self.recipe.calibrate else None
-        own = list(_batches(len(rows), self.recipe.batch_size, self.recipe.epochs, seed, "own"))
-        proxy = self._proxy_batches(len(own), seed)
 
-        def loss(step: int, part: slice) -> Tensor:
-            index = own[step][part]
-            logits, score = self._forward(inputs[index])
-            shown = logits if offset is None else logits + offset
-            total = nn.functional.cross_entropy(shown, labels[index])
-            return total + self._proxy_loss(proxy, step, part, score)
+        def loss(batch: Batch) -> Tensor:
+            logits, score = self._forward(batch.inputs)
+            if offset is not None:
+                logits = torch.cat([logits[: batch.own] + offset, logits[batch.own :]])
+            if batch.temperature != 1.0:
+                logits = torch.cat(
+                    [logits[: batch.own], logits[batch.own :] / batch.temperature]
+                )
+            total = soft_cross_entropy(logits, batch.targets, batch.weight)
+            return total if self._scored is None else total + own_or_proxy(score, batch.familiar)
 
-        self._train(loss, [len(batch) for batch in own], seed, batch_rows=len(rows))
+        self._train(list(batches), loss, seed)
 
     def predict(self, inputs: FloatArray) -> Logits:
         """Logits ``[rows, classes]``, float32."""
@@ -145,113 +167,79 @@ class TorchStudent:
         return self._evaluate(inputs)[1]
 
     def state_dict(self) -> State:
-        """Weights, their moving average and the number of steps taken."""
+        """Weights, their moving average, the optimizer's tensors and the number of steps."""
         state = {f"net.{k}": v.cpu().numpy() for k, v in self._net.state_dict().items()}
         state |= {f"average.{i}": v.cpu().numpy() for i, v in enumerate(self._averaged)}
+        for index, weight in enumerate(self._weights()):
+            for key, value in self._optimizer.state.get(weight, {}).items():
+                state[f"optimizer.{index}.{key}"] = value.cpu().numpy()
         return state | {"steps": np.array([self._steps], dtype=np.int64)}
 
     def load_state_dict(self, state: State, rows: Rows) -> None:
         """Restore the weights of a module of the same shape."""
         del rows
-        net = {k[4:]: torch.from_numpy(v.copy()) for k, v in state.items() if k.startswith("net.")}
+        named = {name: torch.from_numpy(np.array(value)) for name, value in state.items()}
+        net = {name[4:]: value for name, value in named.items() if name.startswith("net.")}
         self._net.load_state_dict(net)
         for index, tensor in enumerate(self._averaged):
-            tensor.copy_(torch.from_numpy(state[f"average.{index}"].copy()))
+            tensor.copy_(named[f"average.{index}"])
+        weights = self._weights()
+        self._optimizer.state.clear()
+        for name, value in named.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                home = value if key == "step" else value.to(self.device)
+                self._optimizer.state[weights[int(index)]][key] = home
         self._steps = int(state["steps"][0])
 
     # --- training ------------------------------------------------------------------------------
 
-    def _distil(self, inputs: Tensor, targets: Tensor, seed: int) -> None:
+    def _distil(self, memory: Memory, seed: int) -> None:
         """A phase on soft targets alone."""
-        recipe = self.recipe
-        batches = list(
-            _batches(len(inputs), recipe.batch_size, recipe.distil_epochs, seed, "distil")
-        )
-        mixes = generator(seed, "mixup").beta(recipe.mixup, recipe.mixup, len(batches)) if (
-            recipe.mixup
-        ) else np.ones(len(batches))
 
-        def loss(step: int, part: slice) -> Tensor:
-            index = batches[step]
-            x, q = inputs[index[part]], targets[index[part]]
-            if recipe.mixup and len(index) > 1:
-                share, other = float(mixes[step]), np.roll(index, 1)[part]
-                x = share * x + (1 - share) * inputs[other]
-                q = share * q + (1 - share) * targets[other]
-            return self._soft_loss(self._forward(x)[0], q)
+        def loss(batch: Batch) -> Tensor:
+            logits, _ = self._forward(batch.inputs)
+            if self.recipe.loss == "mae":
+                return logit_mae(logits, batch.targets) * batch.weight.sum()
+            return soft_cross_entropy(logits, batch.targets, batch.weight, batch.temperature)
 
-        self._train(loss, [len(batch) for batch in batches], seed, batch_rows=len(inputs))
-
-    def _proxy_batches(self, steps: int, seed: int) -> tuple[list[IntArray], list[IntArray]]:
-        """For each step: rows of the memory to distil on, and background rows to tell apart."""
-        size = self.recipe.batch_size
-        soft: list[IntArray] = []
-        if self.recipe.distil == "inside" and self._memory is not None and len(self._memory[0]):
-            soft = _stream(len(self._memory[0]), size, steps, seed, "soft")
-        background: list[IntArray] = []
-        if self._scored is not None and self.background is not None:
-            background = _stream(len(self.background), size, steps, seed, "background")
-        return soft, background
-
-    def _proxy_loss(
-        self, proxy: tuple[list[IntArray], list[IntArray]], step: int, part: slice, own: Tensor
-    ) -> Tensor:
-        """Soft part and familiarity part of a step."""
-        soft, background = proxy
-        total = own.new_zeros(())
-        if soft and self._memory is not None:
-            index = soft[step][part]
-            logits, _ = self._forward(self._memory[0][index])
-            total = total + self.recipe.soft_weight * self._soft_loss(logits, self._memory[1][index])
-        if background and self.background is not None:
-            _, score = self._forward(self.background[background[step][part]])
-            total = total + own_or_proxy(own, score)
-        return total
-
-    def _soft_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self.recipe.loss == "mae":
-            return logit_mae(logits, targets)
-        return kl_divergence(logits, targets, self.recipe.temperature)
+        self._train(list(soft_batches(memory, self.recipe, seed)), loss, seed)
 
     def _train(
-        self, loss: Callable[[int, slice], Tensor], sizes: list[int], seed: int, *, batch_rows: int
+        self, batches: list[Batch], loss: Callable[[Batch], Tensor], seed: int
     ) -> None:
-        """Take one optimizer step for each entry of ``sizes`` (rows of that step)."""
+        """One optimizer step for each batch."""
         recipe = self.recipe
         weights = self._weights()
-        optimizer = _optimizer(recipe, weights)
         self._net.train()
-        if batch_rows == 1:
+        if min((len(batch) for batch in batches), default=0) == 1:
             # A single row has no variance: batch statistics would be undefined.
             for layer in self._net.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.eval()
         with seeded(derive(seed, "dropout")):
-            for step, rows in enumerate(sizes):
-                if recipe.schedule == "cosine":
-                    factor = 0.5 * (1 + np.cos(np.pi * step / len(sizes)))
-                    for group in optimizer.param_groups:
-                        group["lr"] = recipe.lr * factor
-                self._backward(lambda part, at=step: loss(at, part), rows, optimizer)
+            for step, batch in enumerate(batches):
+                falling = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+                rate = recipe.lr * (falling if recipe.schedule == "cosine" else 1.0)
+                for group in self._optimizer.param_groups:
+                    group["lr"] = rate
+                self._backward(batch, loss)
                 if recipe.clip:
-                    nn.utils.clip_grad_norm_(weights, recipe.clip)
-                optimizer.step()
+                    nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
+                self._optimizer.step()
                 self._steps += 1
                 self._update_average(weights)
         self._net.eval()
 
-    def _backward(
-        self, loss: Callable[[slice], Tensor], rows: int, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Gradient of one logical batch; out of memory, in halves that add up to the same."""
+    def _backward(self, batch: Batch, loss: Callable[[Batch], Tensor]) -> None:
+        """Gradient of one batch; out of memory, in parts that add up to the same."""
         while True:
-            optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad(set_to_none=True)
+            size = min(self._physical, len(batch))
             try:
-                size = min(self._physical, rows)
-                for start in range(0, rows, size):
-                    stop = min(start + size, rows)
-                    share = (stop - start) / rows
-                    (loss(slice(start, stop)) * share).backward()  # type: ignore[no-untyped-call]
+                for start in range(0, len(batch), size):
+                    part = batch if size == len(batch) else batch.cut(start, start + size)
+                    loss(part).backward()  # type: ignore[no-untyped-call]
                 return
             except torch.OutOfMemoryError:
                 if size == 1:
@@ -323,22 +311,3 @@ def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optim
         )
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(weights, recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
-
-
-def _batches(rows: int, size: int, epochs: int, seed: int, name: str) -> Iterator[IntArray]:
-    """Shuffled batches of each epoch; a last batch of one row joins the one before it."""
-    for epoch in range(epochs):
-        order = generator(seed, name, epoch).permutation(rows)
-        starts = list(range(0, rows, size))
-        if len(starts) > 1 and rows - starts[-1] == 1:
-            starts.pop()
-        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-            yield order[start:stop]
-
-
-def _stream(rows: int, size: int, steps: int, seed: int, name: str) -> list[IntArray]:
-    """``steps`` batches from shuffled passes without end."""
-    random = generator(seed, name)
-    passes = -(-steps * size // rows)
-    order = np.concatenate([random.permutation(rows) for _ in range(passes)])
-    return [order[step * size : (step + 1) * size] for step in range(steps)]

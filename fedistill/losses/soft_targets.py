@@ -9,6 +9,14 @@ SMALLEST = 1e-8
 """Targets are floored here before the logarithm; a float16 or label target may hold zeros."""
 
 
+def soften(targets: Tensor, temperature: float) -> Tensor:
+    """Targets at a temperature: softmax(log q / T), ``[rows, classes]``; never given a gradient."""
+    targets = targets.detach()
+    if temperature == 1.0:
+        return targets
+    return (targets.clamp_min(SMALLEST).log() / temperature).softmax(dim=-1)
+
+
 def kl_divergence(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """T^2 KL(q_T || p_T): summed over classes, mean over rows; 0 where student equals teacher.
 
@@ -16,16 +24,29 @@ def kl_divergence(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> 
     the gradient (nearly) independent of T.
 
     Args:
-        logits: student, ``[rows, classes]``, before softmax.
-        targets: probabilities ``[rows, classes]`` at temperature 1; never given a gradient.
+        logits: student, ``[..., classes]``, before softmax; leading axes are rows.
+        targets: probabilities of the same shape at temperature 1.
         temperature: T.
     """
-    targets = targets.detach()
-    if temperature != 1.0:
-        targets = (targets.clamp_min(SMALLEST).log() / temperature).softmax(dim=-1)
-    student = F.log_softmax(logits / temperature, dim=-1)
-    rows = max(len(logits), 1)
-    return temperature**2 * F.kl_div(student, targets, reduction="sum") / rows
+    student = F.log_softmax(logits / temperature, dim=-1).flatten(0, -2)
+    teacher = soften(targets, temperature).flatten(0, -2)
+    rows = max(len(student), 1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="sum") / rows
+
+
+def soft_cross_entropy(
+    logits: Tensor, targets: Tensor, weight: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Sum over rows of weight times -sum_c q_c log p_c: the gradient of a weighted KL.
+
+    Args:
+        logits: student, ``[rows, classes]``.
+        targets: probabilities ``[rows, classes]``, already at the temperature (:func:`soften`).
+        weight: ``[rows]``; holds 1/rows for a mean, and T^2 where a temperature is used.
+        temperature: of the student's side.
+    """
+    logs = F.log_softmax(logits / temperature, dim=-1)
+    return -(weight * (targets * logs).sum(dim=-1)).sum()
 
 
 def logit_mae(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,14 +65,15 @@ def logit_mae(logits: Tensor, targets: Tensor) -> Tensor:
     return (centred - wanted).abs().mean() if len(logits) else (centred * 0).sum()
 
 
-def own_or_proxy(own: Tensor, proxy: Tensor) -> Tensor:
-    """Binary cross-entropy that tells own rows (1) from proxy rows (0), each side half.
+def own_or_proxy(scores: Tensor, side: Tensor) -> Tensor:
+    """Binary cross-entropy that tells own rows from proxy rows.
 
-    At its optimum the score is the log density ratio log p_own(x) / p_proxy(x): balanced sides
-    leave no prior in it.
+    With sides of equal weight the best score is the log density ratio
+    log p_own(x) / p_proxy(x): no prior is left in it.
 
     Args:
-        own: scores of own rows, ``[n]``.
-        proxy: scores of proxy rows, ``[m]``.
+        scores: ``[rows]``.
+        side: ``[rows]``: a positive weight for own rows, a negative one for proxy rows, 0 for
+            rows that do not count; 1/own and -1/proxy make the mean of each side.
     """
-    return 0.5 * (F.softplus(-own).mean() + F.softplus(proxy).mean())
+    return (side.abs() * F.softplus(-scores * side.sign())).sum()

@@ -114,7 +114,7 @@ def traffic(run: Run) -> list[Figure]:
     )
     drawn = [
         Figure("Per client and round", "What one client sends and receives in one round.", bars),
-        Figure("All clients, added up", "Both ways, all clients, from the first round on.", growing),
+        Figure("All clients, added up", "Both ways, all clients, from round 1 on.", growing),
     ]
     return [figure for figure in drawn if figure.wide]
 
@@ -130,11 +130,13 @@ def cumulative(run: Run) -> tuple[Point, ...]:
 
 
 def fedavg_cumulative(run: Run) -> tuple[Point, ...]:
-    """What FedAvg would have sent to and from the same clients until each round."""
+    """What FedAvg would have sent until each round: down to all asked, up from those that did."""
     each = run.figure("fedavg_bytes_per_client_round")
     if each is None:
         return ()
-    sums = accumulate(2 * each * (number(row.get("clients_ok")) or 0) for row in run.rounds)
+    sums = accumulate(
+        each * (2 * (number(row.get("clients_ok")) or 0) + (number(row.get("clients_failed")) or 0))
+        for row in run.rounds)
     found = tuple(Point(float(row["round"]), total)
                   for row, total in zip(run.rounds, sums, strict=True))
     return found if found and found[-1].y else ()

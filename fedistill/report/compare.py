@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -16,7 +15,7 @@ from fedistill.report import charts, headline, words
 from fedistill.report.charts import Figure
 from fedistill.report.folder import Point, Run, read_run
 from fedistill.report.page import fill, write
-from fedistill.report.svg import Series, line_chart
+from fedistill.report.svg import COLOURS, DASHES, Series, line_chart
 from fedistill.report.words import clean, number
 
 SIDE_BY_SIDE = 4
@@ -38,6 +37,11 @@ class Line:
     name: str
     entries: tuple[Entry, ...]
 
+    @property
+    def same(self) -> bool:
+        """Whether all runs have the same."""
+        return len({entry.text for entry in self.entries}) == 1
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -47,6 +51,26 @@ class Comparison:
     labels: tuple[str, ...]
     lines: tuple[Line, ...]
     cautions: tuple[str, ...]
+
+    def render(self) -> Table:
+        """The table for a terminal."""
+        return render(self)
+
+    @property
+    def wide(self) -> bool:
+        """Whether runs stand as rows, being too many for columns."""
+        return len(self.runs) > SIDE_BY_SIDE
+
+    @property
+    def shown(self) -> tuple[Line, ...]:
+        """The lines of the table; of many runs only those that differ."""
+        return tuple(line for line in self.lines if not (self.wide and line.same))
+
+    @property
+    def shared(self) -> str:
+        """What many runs have in common, in one sentence; else empty."""
+        same = [f"{line.name} {line.entries[0].text}" for line in self.lines if line.same]
+        return f"The same in all runs: {'; '.join(same)}." if self.wide and same else ""
 
 
 def compare(paths: Sequence[str | Path]) -> Comparison:
@@ -61,6 +85,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
     lines = [
         _words("method", [run.method for run in runs]),
         _words("split", [split(run) for run in runs]),
+        _words("sites", [_sites(run) for run in runs]),
         _words("seed", [_seeds(run) for run in runs]),
         _line("student", runs, lambda run: run.figure("student_accuracy"), words.percent,
               sd="student_accuracy", digits=3),
@@ -75,7 +100,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
               words.human_bytes, lowest=True, digits=0),
         _line("down, client-round", runs, lambda run: run.figure("bytes_down_per_client_round"),
               words.human_bytes, lowest=True, digits=0),
-        _line("saving against FedAvg", runs, lambda run: headline.savings(run).total, words.times,
+        _line("saving vs FedAvg", runs, lambda run: headline.savings(run).total, words.times,
               digits=2),
         _words("ε", [_epsilon(run) for run in runs]),
         _line("time", runs, lambda run: run.total("seconds") or None, words.duration, lowest=True,
@@ -89,8 +114,8 @@ def render(comparison: Comparison) -> Table:
     """The table for a terminal: few runs as columns, many as rows."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     labels = [Text(label, style="bold") for label in comparison.labels]
-    lines = comparison.lines
-    if len(labels) <= SIDE_BY_SIDE:
+    lines = comparison.shown
+    if not comparison.wide:
         table.add_column("")
         for label in labels:
             table.add_column(label, justify="right", overflow="fold")
@@ -102,9 +127,11 @@ def render(comparison: Comparison) -> Table:
             table.add_column(Text(line.name), justify="right")
         for place, label in enumerate(labels):
             table.add_row(label, *(_mark(line.entries[place]) for line in lines))
-    if any(entry.best for line in lines for entry in line.entries):
-        table.caption = Text("● best of the line", style="dim")
-        table.caption_justify = "left"
+    marked = any(entry.best for line in lines for entry in line.entries)
+    said = ["● best"] if marked else []
+    table.caption = Text("\n".join([*said, *filter(None, [comparison.shared]),
+                                    *comparison.cautions]), style="dim")
+    table.caption_justify = "left"
     return table
 
 
@@ -117,23 +144,26 @@ def write_comparison(paths: Sequence[str | Path], out: str | Path) -> Path:
     comparison = compare(paths)
     content = fill("compare.html", {
         "safe": Markup, "name": "comparison", "labels": comparison.labels,
-        "lines": comparison.lines, "cautions": comparison.cautions,
+        "lines": comparison.shown, "wide": comparison.wide, "shared": comparison.shared,
+        "cautions": comparison.cautions,
         "figures": figures(comparison),
     })
     return write(Path(out), content)
 
 
 def figures(comparison: Comparison) -> list[Figure]:
-    """Accuracy by round, and by the bytes sent until then; the students', else the clients' mean."""
+    """Accuracy by round, and by bytes sent until then: the students', else the clients' mean."""
     by_round, by_bytes = [], []
     for place, (run, label) in enumerate(zip(comparison.runs, comparison.labels, strict=True)):
         points = run.curve("student_accuracy") or run.curve("client_accuracy_mean")
         sent = {point.x: point.y for point in charts.cumulative(run)}
-        look = {"colour": place % 7, "dash": place // 7 % 4}
-        by_round.append(Series(clean(label, 28), points, **look))
-        by_bytes.append(Series(clean(label, 28), tuple(
-            Point(sent[p.x], p.y, p.sd) for p in points if sent.get(p.x)), **look))
-    who = "student" if any(r.curve("student_accuracy") for r in comparison.runs) else "clients, mean"
+        one = Series(clean(label, 28), points, colour=place % COLOURS,
+                     dash=place // COLOURS % len(DASHES))
+        by_round.append(one)
+        by_bytes.append(replace(one, points=tuple(
+            Point(sent[p.x], p.y, p.sd) for p in points if sent.get(p.x))))
+    students = any(run.curve("student_accuracy") for run in comparison.runs)
+    who = "student (of the clients, where there is none)" if students else "clients, on average"
     drawn = [
         charts.both("rounds", "Accuracy by round",
                     f"Accuracy of the {who}. A run whose line ends early had fewer rounds.",
@@ -152,9 +182,7 @@ def split(run: Run) -> str:
               "shards": f"{clean(table.get('classes_per_client'), 8)} each",
               "by-column": clean(table.get("column") or "", 24),
               "file": clean(table.get("partition_key") or "", 24)}.get(kind, "")
-    amount = run.figure("clients")
-    sites = "" if amount is None else words.count(int(amount), "site")
-    return ", ".join(part for part in (f"{kind} {detail}".strip(), sites) if part)
+    return f"{kind} {detail}".strip()
 
 
 def _by_bytes(series: list[Series]) -> Figure:
@@ -196,28 +224,33 @@ def _mark(entry: Entry) -> Text:
 
 def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
     """A label per run: its name, with the folder and then a number where names are shared."""
-    labels = [run.name for run in runs]
-    for more in (lambda run, k: f" ({clean(run.path.resolve().name, 24)})",
-                 lambda run, k: f" {k + 1}"):
-        shared = {label for label, times in Counter(labels).items() if times > 1}
-        labels = [label + more(run, k) if label in shared else label
-                  for k, (run, label) in enumerate(zip(runs, labels, strict=True))]
-    return tuple(labels)
+    names = [run.name for run in runs]
+    folders = [f"{name} ({clean(run.path.resolve().name, 24)})" if names.count(name) > 1 else name
+               for run, name in zip(runs, names, strict=True)]
+    return tuple(f"{label} {place}" if folders.count(label) > 1 else label
+                 for place, label in enumerate(folders, start=1))
 
 
 def _cautions(runs: Sequence[Run]) -> list[str]:
     """Differences in what the runs were given, which a reader must know before comparing."""
     checks: list[tuple[str, Callable[[Run], str]]] = [
         ("how rows were dealt to sites", split),
+        ("number of sites", _sites),
         ("proxy rows", lambda run: run.text("proxy_sha256", 80)),
-        ("seed", lambda run: _seeds(run)),
+        ("seed", _seeds),
         ("data", lambda run: clean(run.setting("data", "source") or "")),
     ]
-    differing = [name for name, value in checks if len({v for run in runs if (v := value(run))}) > 1]
+    differing = [name for name, value in checks
+                 if len({found for run in runs if (found := value(run))}) > 1]
     if not differing:
         return []
     return [f"The runs differ in more than the method: {', '.join(differing)}. "
             "A difference in accuracy may come from there."]
+
+
+def _sites(run: Run) -> str:
+    amount = run.figure("clients")
+    return "" if amount is None else f"{amount:,.0f}"
 
 
 def _seeds(run: Run) -> str:

@@ -68,7 +68,8 @@ class Run:
         """A number of the summary, else the last one in the rounds, else None."""
         if (found := number(self.summary.get(key))) is not None:
             return found
-        return next((v for r in reversed(self.rounds) if (v := number(r.get(key))) is not None), None)
+        values = (number(row.get(key)) for row in reversed(self.rounds))
+        return next((value for value in values if value is not None), None)
 
     def curve(self, key: str) -> tuple[Point, ...]:
         """The values of one key over the rounds, those that are there."""

@@ -83,7 +83,8 @@ def tiles(run: Run) -> list[Tile]:
     epsilon = run.figure("epsilon_max")
     return [
         Tile("Student", words.percent(run.figure("student_accuracy")),
-             _spread(run, "student_accuracy") + "correct on the test rows" + (f"; AUC {auc:.3f}" if auc is not None else "")),
+             _spread(run, "student_accuracy") + "correct on the test rows"
+             + (f"; AUC {auc:.3f}" if auc is not None else "")),
         Tile("Clients, mean", words.percent(mean), _spread(run, "client_accuracy_mean") + context),
         Tile("Bytes against FedAvg", words.times(ratio),
              "unknown" if saving is None else "fewer, both ways together" if saving >= 1

@@ -61,7 +61,7 @@ def traffic_sentences(run: Run, saved: headline.Savings) -> list[str]:
             versus = f", {words.against_fedavg(ratio)}" if ratio else ""
             said.append(f"{way}: {words.human_bytes(each)} per client and round{versus}.")
     if saved.total is not None:
-        said.append(f"Both ways together: {words.against_fedavg(saved.total)} for the same student.")
+        said.append(f"Both ways: {words.against_fedavg(saved.total)} for the same student.")
     if total := run.total("bytes_up", "bytes_down"):
         said.append(f"The whole run sent {words.human_bytes(total)}.")
     return said
@@ -85,15 +85,15 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What identifies the run and what it ran on."""
-    keys = ("seed", "method", "rule", "codec", "backend", "status", "proxy_sha256",
-            "soft_targets_sha256")
+    keys = ["seed", "method", "rule", "codec", "backend", "status", "proxy_sha256",
+            "soft_targets_sha256"][1 if run.repeats else 0:]
     found = [(key.replace("_", " "), clean(value, 80)) for key in keys
              if (value := run.summary.get(key)) is not None]
     seconds = run.total("seconds")
     found += [("time", words.duration(seconds))] if seconds else []
     if run.repeats:
         seeds = ", ".join(clean(r.summary.get("seed", r.path.name), 24) for r in run.repeats)
-        found.append(("repeats, by seed", clean(seeds, 200)))
+        found.insert(0, ("seeds", clean(seeds, 200)))
     names = run.summary.get("classes")
     if isinstance(names, list) and names:
         found.append(("classes", clean(", ".join(clean(name, 24) for name in names[:40]), 300)))

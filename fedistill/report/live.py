@@ -67,7 +67,7 @@ class RoundTable:
         self._live: Live | None = None
         self._drawn = self._began = 0.0
         self._last: Row = {}
-        self._sent = self._client_rounds = self._finished = 0
+        self._sent = self._messages = self._finished = 0
         self._columns = fitting(self.console.width) if self._moving else COLUMNS
 
     def __enter__(self) -> RoundTable:
@@ -111,11 +111,11 @@ class RoundTable:
         self._last = row
         self._finished += 1
         self._sent += int((number(row.get("bytes_up")) or 0) + (number(row.get("bytes_down")) or 0))
-        self._client_rounds += int(number(row.get("clients_ok")) or 0)
+        ok, failed = (number(row.get(key)) or 0 for key in ("clients_ok", "clients_failed"))
+        self._messages += int(2 * ok + failed)  # FedAvg: down to all asked, up from those that did
         self.fedavg_bytes = number(row.get("fedavg_bytes_per_client_round")) or self.fedavg_bytes
         if self._live is not None:
             self._live.update(Text(), refresh=False)
-        failed = (number(row.get("clients_failed")) or 0) > 0
         self._print(Text(self.line(row), style="yellow" if failed else ""))
 
     def line(self, row: Row) -> str:
@@ -136,8 +136,8 @@ class RoundTable:
             least = words.percent(number(row.get("client_accuracy_min")))
             parts.append(f"clients {words.percent(mean)} (least {least})")
         sent = f"sent {words.human_bytes(self._sent)}"
-        if self.fedavg_bytes and self._client_rounds and self._sent:
-            theirs = 2 * self.fedavg_bytes * self._client_rounds
+        if self.fedavg_bytes and self._messages and self._sent:
+            theirs = self.fedavg_bytes * self._messages
             sent += (f"; FedAvg would send {words.human_bytes(theirs)}: "
                      f"{words.against_fedavg(theirs / self._sent)}")
         return " · ".join([*parts, sent])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fedistill.errors import RunError
+from fedistill.store import write_atomic
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
@@ -24,25 +22,10 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def write(path: Path, content: str) -> Path:
-    """Write by a temporary name in the same folder, synced, then renamed.
+    """Replace the file by a page, in one step.
 
     Raises:
         RunError: the folder cannot be written to.
     """
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise RunError(f"expected a folder that can be written to, found {error.strerror}: "
-                           f"{path.parent}; free it or name another") from None
-        raise
+    write_atomic(path, content.encode())
     return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedistill.report.folder import Run
 from fedistill.report.words import clean, number
 
 ORDER = ("local", "first round", "client", "student", "left-out student", "best single other",
-         "centralised")
+         "fedavg", "centralised")
 """Columns in the order of reading; others follow."""
 MEANING: Mapping[str, str] = {
     "local": "alone, with as much training",
@@ -21,6 +21,7 @@ MEANING: Mapping[str, str] = {
     "student": "the server's model",
     "left-out student": "a student taught without this site",
     "best single other": "the best other site's model",
+    "fedavg": "weights averaged",
     "centralised": "all rows in one place",
 }
 MOST = 500
@@ -77,7 +78,8 @@ class SiteTable:
 
 def site_tables(run: Run) -> list[SiteTable]:
     """Accuracy, and AUC where any site has one; empty when the run tells nothing about sites."""
-    sites = {str(key): site for key, site in run.table("sites").items() if isinstance(site, Mapping)}
+    table = run.table("sites")
+    sites = {str(key): site for key, site in table.items() if isinstance(site, Mapping)}
     if not sites:
         return []
     sparks = _sparks(run, list(sites))
@@ -100,7 +102,7 @@ def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
         cells = _cells(found, columns, reference, form, scale, digits)
         about = _about(site) if metric == "accuracy" else ""
         rows.append(SiteRow(clean(name, 40), about, sparks.get(name, ""), cells))
-    means = {
+    means: Figures = {
         column: (sum(values) / len(values), None)
         for column in columns
         if (values := [f[column][0] for f in figures.values() if column in f])
@@ -126,7 +128,7 @@ def _figures(site: Mapping[str, Any], metric: str) -> Figures:
     return found
 
 
-def _columns(figures: Sequence[Figures] | Any) -> tuple[str, ...]:
+def _columns(figures: Iterable[Figures]) -> tuple[str, ...]:
     present = dict.fromkeys(column for found in figures for column in found)
     known = [column for column in ORDER if column in present]
     return (*known, *(column for column in present if column not in ORDER))
@@ -148,7 +150,7 @@ def _cells(found: Figures, columns: Sequence[str], reference: str,
         change = tone = ""
         if base is not None and column != reference:
             change = words.signed(scale * (value - base[0]), digits)
-            tone = {"+": "gain", "−": "loss"}.get(change[0], "")
+            tone = {"+": "gain", words.MINUS: "loss"}.get(change[0], "")
         spread = "" if sd is None else f"± {scale * sd:.{digits}f}"
         cells.append(Cell(form(value), spread, change, tone, mark and shown[column] == top))
     return tuple(cells)

@@ -14,7 +14,7 @@ from fedistill.report.scale import Axis
 COLOURS = 7
 """How many series colours the style sheet knows: ``--c0`` to ``--c6``."""
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
-CHARACTER = 6.6
+CHARACTER = 6.9
 """Mean width of a character at the charts' 12 px, to leave room for texts."""
 ZERO = re.compile(r"(\.\d*?)0(\D*)$")
 HOVER = 600

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 MISSING = "–"
+MINUS = "−"
 
 
 def clean(text: object, cap: int = 60) -> str:
@@ -49,7 +50,7 @@ def signed(value: float, digits: int) -> str:
     text = f"{abs(value):.{digits}f}"
     if not float(text):
         return "±0"
-    return ("+" if value > 0 else "−") + text
+    return ("+" if value > 0 else MINUS) + text
 
 
 def human_bytes(value: float | None) -> str:
@@ -113,7 +114,8 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f}"
 
 
 def round_bytes(value: float) -> str:

@@ -100,7 +100,7 @@ def test_fault_47_bad_rows_are_named_by_line_and_never_shown(
 
 def test_many_texts_are_refused_with_the_column(write: Write) -> None:
     text = "name,label\n" + "".join(f"patient{n},{n % 2}\n" for n in range(51))
-    with pytest.raises(DataError, match='column "name", found 51: add "name" to data.drop') as it:
+    with pytest.raises(DataError, match=r'column "name", found 51: add "name" to data\.drop') as it:
         load(write, text)
     assert "patient" not in str(it.value)
     assert load(write, text.replace("patient50", "patient49")).inputs.shape == (51, 50)

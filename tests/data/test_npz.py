@@ -89,6 +89,16 @@ def test_a_cut_archive_is_refused(tmp_path: Path, eighth: int) -> None:
         read("npz:a.npz", DataSettings(path=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("place", "value"), [(4, 250), (6, 1), (6, 64), (8, 99)])
+def test_a_flipped_byte_is_refused(tmp_path: Path, place: int, value: int) -> None:
+    load(tmp_path, x=np.eye(3), y=np.arange(3))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[content.index(b"PK\x01\x02") + place + 2] = value
+    (tmp_path / "a.npz").write_bytes(bytes(content))
+    with pytest.raises(DataError, match="damaged file"):
+        read("npz:a.npz", DataSettings(path=str(tmp_path)))
+
+
 def test_pneumonia(real: Callable[[str], Path]) -> None:
     real("pneumoniamnist_sub")
     table = read("npz:pneumoniamnist_sub/pneumoniamnist.npz#val", DataSettings())

@@ -77,7 +77,7 @@ def test_fault_47_infinite_features_are_named_by_row(tmp_path: Path) -> None:
 
 
 def test_other_kinds_of_column_and_damaged_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match='add "a" to data.drop'):
+    with pytest.raises(DataError, match=r'add "a" to data\.drop'):
         load(tmp_path, {"a": [[1], [2]], "label": [0, 1]})
     (tmp_path / "t.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="expected whole parquet files"):

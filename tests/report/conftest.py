@@ -118,7 +118,7 @@ def summary_of(rows: list[dict[str, Any]], names: list[str], **more: Any) -> dic
 
 
 def write_run(
-    folder: Path, *, rounds: int = 12, names: Iterable[str] | None = None, student: float = 0.9,
+    folder: Path, /, *, rounds: int = 12, names: Iterable[str] | None = None, student: float = 0.9,
     binary: bool = True, left_out: bool = False, baselines: Iterable[str] = ("local", "fedavg"),
     seeds: int = 0, partition: str = "by-column", method: str = "fedistill", **summary: Any,
 ) -> Path:
@@ -152,7 +152,7 @@ def write_run(
 def make_run(tmp_path: Path) -> MakeRun:
     """A builder: ``make_run("name", rounds=5, ...)`` writes a run folder and returns its path."""
 
-    def build(name: str = "run", **settings: Any) -> Path:
-        return write_run(tmp_path / name, **settings)
+    def build(folder: str = "run", /, **settings: Any) -> Path:
+        return write_run(tmp_path / folder, **settings)
 
     return build
