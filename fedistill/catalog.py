@@ -27,7 +27,8 @@ MODELS: Mapping[str, str] = {
     "mlp": "one hidden layer of `width` ReLU units (more with `depth`)",
     "lenet": "LeNet for 28x28 images: two convolutions, 120-84-classes, 61,706 parameters",
     "cnn": "three 3x3 convolutions with GroupNorm, global average pooling",
-    "gradient-boosting": "scikit-learn's histogram gradient-boosted trees",
+    "gradient-boosting": "scikit-learn's gradient-boosted trees, small ones for few rows",
+    "hist-gradient-boosting": "scikit-learn's histogram gradient-boosted trees, for many rows",
     "logistic-regression": "scikit-learn's logistic regression",
     "random-forest": "scikit-learn's random forest",
 }

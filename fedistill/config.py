@@ -66,7 +66,16 @@ class DataSettings:
     header: bool = setting(True, "csv: the first line names the columns")
     separator: str = setting(",", "csv: what separates the columns")
     missing: str = setting("?", "csv: the text that stands for a missing value, beside the empty one")
-    indicators: bool = setting(False, "add a 0/1 column for each column with missing values")
+    zero_missing: tuple[str, ...] = setting(
+        (), "names or numbers of columns in which 0 stands for a missing value"
+    )
+    categorical: tuple[str, ...] = setting(
+        (), "names or numbers of columns whose numbers are codes: a 0/1 column for each"
+    )
+    indicators: float = setting(
+        1.0, "add a 0/1 column for columns missing in more than this share of the public rows; "
+        "1: for none", low=0, high=1,
+    )
     drop: tuple[str, ...] = setting((), "csv and parquet: names or numbers of columns to leave out")
     positive_above: float | None = setting(
         None, "make two classes: 1 where the label is above this number"

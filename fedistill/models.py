@@ -7,6 +7,7 @@ classifier will do.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -51,7 +52,7 @@ class MLP(nn.Module):
         sizes = [inputs, *[width] * depth]
         layers = [
             layer
-            for before, after in zip(sizes, sizes[1:], strict=False)
+            for before, after in itertools.pairwise(sizes)
             for layer in (nn.Linear(before, after), nn.ReLU())
         ]
         self.trunk = nn.Sequential(*layers)
@@ -103,7 +104,7 @@ class CNN(nn.Module):
             raise FedistillError(f"a cnn needs a width that is a multiple of 4, found {width}")
         sizes = [channels, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
-        for before, after in zip(sizes, sizes[1:], strict=False):
+        for before, after in itertools.pairwise(sizes):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
             layers += [nn.MaxPool2d(2)] if after < sizes[-1] else []
         self.trunk = nn.Sequential(*layers)
@@ -115,13 +116,20 @@ class CNN(nn.Module):
 
 
 def gradient_boosting(seed: int = 0) -> Any:
-    """scikit-learn's histogram gradient-boosted trees, small leaves allowed for small sites."""
+    """scikit-learn's gradient-boosted trees: small, slow to learn and random, for few rows."""
+    from sklearn.ensemble import GradientBoostingClassifier
+
+    return GradientBoostingClassifier(
+        n_estimators=60, max_depth=2, learning_rate=0.05, min_samples_leaf=2, subsample=0.5,
+        max_features="sqrt", random_state=seed,
+    )
+
+
+def hist_gradient_boosting(seed: int = 0) -> Any:
+    """scikit-learn's histogram gradient-boosted trees, for thousands of rows and more."""
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    return HistGradientBoostingClassifier(
-        max_iter=60, learning_rate=0.1, max_leaf_nodes=8, min_samples_leaf=5,
-        l2_regularization=1.0, early_stopping=False, random_state=seed,
-    )
+    return HistGradientBoostingClassifier(early_stopping=False, random_state=seed)
 
 
 def logistic_regression(seed: int = 0) -> Any:
@@ -174,6 +182,7 @@ def factory(
         return partial(CNN, shape[0], classes, width=width)
     classic = {
         "gradient-boosting": gradient_boosting,
+        "hist-gradient-boosting": hist_gradient_boosting,
         "logistic-regression": logistic_regression,
         "random-forest": random_forest,
     }

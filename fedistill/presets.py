@@ -93,7 +93,10 @@ METHODS: Mapping[str, Method] = {
             paper="Mansour, Mohri and Rostamizadeh 2008 for the combining; the rest is ours",
             rule="distribution-weighted",
             memory=0.7,
-            client={"distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.5},
+            client={
+                "distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.5,
+                "scarce_rows": 80,
+            },
             student={
                 "optimizer": "adam", "lr": 1e-3, "distil_epochs": 8, "mixup": 1.0,
                 "average": 0.98, "schedule": "cosine",

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> Non
         RunError: the disk is full or the folder cannot be written; the old file is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    link = path.with_name(f".{path.name}.{os.getpid()}.link")
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            link = path.with_name(f".{path.name}.{os.getpid()}.link")
             link.unlink(missing_ok=True)
             os.link(path, link)
             link.replace(previous(path))
@@ -48,6 +49,7 @@ def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> Non
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        link.unlink(missing_ok=True)
         raise _cannot_write(path, error) from None
 
 
@@ -73,8 +75,9 @@ def probe(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        for leftover in folder.rglob(".*.*.*"):
+            if re.fullmatch(r"\..+\.\d+\.(tmp|link)", leftover.name):
+                leftover.unlink(missing_ok=True)
         test = folder / ".probe"
         test.write_bytes(b"fedistill")
         test.unlink()
@@ -97,7 +100,7 @@ def state_bytes(arrays: State, meta: Mapping[str, Any]) -> bytes:
     """The content of a state file."""
     from safetensors.numpy import save
 
-    tensors = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    tensors = {name: np.asarray(value, order="C") for name, value in arrays.items()}
     content: bytes = save(tensors, metadata={"meta": json.dumps(meta)})
     digest = hashlib.sha256(content).digest()
     return MAGIC + SCHEMA.to_bytes(2, "little") + digest + content
@@ -116,8 +119,16 @@ def load_state(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any],
     except (CheckpointError, FileNotFoundError) as broken:
         if not previous(path).exists() or getattr(broken, "final", False):
             raise
+    try:
         arrays, meta = _read(previous(path))
-        return arrays, meta, f"{path.name} is damaged, the generation before it was used"
+    except _Final:
+        raise
+    except CheckpointError:
+        raise CheckpointError(
+            f"{path} and the generation before it are damaged: put a copy of the folder back, or "
+            "start in a new folder with --out"
+        ) from None
+    return arrays, meta, f"{path.name} is damaged, the generation before it was used"
 
 
 class _Final(CheckpointError):
@@ -130,14 +141,19 @@ def _read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     if data[:2] in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
         raise _Final(f"{path} is a pickle or an archive, which can carry code: it is not opened")
     if data[: len(MAGIC)] != MAGIC or len(data) < HEADER:
         raise CheckpointError(f"{path} is damaged or not a fedistill state")
     schema = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 2], "little")
     content = data[HEADER:]
-    if hashlib.sha256(content).digest() != data[len(MAGIC) + 2 : HEADER]:
+    if not schema or hashlib.sha256(content).digest() != data[len(MAGIC) + 2 : HEADER]:
         raise CheckpointError(f"{path} is damaged (its checksum does not hold)")
     if schema > SCHEMA:
         raise _Final(f"{path} has format {schema} and needs a newer fedistill (this one: {SCHEMA})")

@@ -36,7 +36,7 @@ class Scaler:
 
     @classmethod
     def fit(
-        cls, public_inputs: FloatArray, kind: str, scale: str, *, indicators: bool = False
+        cls, public_inputs: FloatArray, kind: str, scale: str, *, indicators: float = 1.0
     ) -> Scaler:
         """Learn all numbers from the public rows.
 
@@ -46,7 +46,7 @@ class Scaler:
             scale: "standard" (each column to mean 0, deviation 1), "centred" ([0, 255] to
                 [-1, 1]), "unit" (largest absolute value 1: of each column of a table, of all
                 pixels of images), "none" or "auto".
-            indicators: whether columns with missing values get a 0/1 column besides.
+            indicators: columns missing in more than this share of the rows get a 0/1 column.
         """
         if not len(public_inputs) or scale not in SCALES or kind not in AUTO:
             raise DataError(
@@ -57,8 +57,8 @@ class Scaler:
         fill = medians(public_inputs, missing)
         filled = np.where(missing, fill, public_inputs).astype(np.float64)
         shift, spread = _moments(filled, kind, AUTO[kind] if scale == "auto" else scale)
-        flat = missing.reshape(len(missing), -1).any(axis=0)
-        return cls(fill, shift, spread, np.flatnonzero(flat if indicators else flat & False))
+        share = missing.reshape(len(missing), -1).mean(axis=0)
+        return cls(fill, shift, spread, np.flatnonzero(share > indicators))
 
     def apply(self, inputs: FloatArray) -> FloatArray:
         """Scaled float32 rows without gaps; indicators follow the columns, unscaled."""

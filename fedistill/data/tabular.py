@@ -61,11 +61,17 @@ def assemble(frame: Frame, query: Query) -> Table:
     used = {index for index in (label, site_column(frame, query)) if index is not None}
     used |= {find_column(name, frame, "data.drop") for name in settings.drop}
     labels, classes = labels_of(frame, query)
+    codes = {find_column(name, frame, "data.categorical") for name in settings.categorical}
+    zeros = {find_column(name, frame, "data.zero_missing") for name in settings.zero_missing}
     encoded = [
-        part
+        (part, np.where(values == 0, np.nan, values) if index in zeros else values)
         for index, name in enumerate(frame.names)
         if index not in used
-        for part in encode(name, frame.columns[index], frame.where)
+        for part, values in (
+            one_hot(name, code_texts(frame.columns[index]), frame.where)
+            if index in codes
+            else encode(name, frame.columns[index], frame.where)
+        )
     ]
     if not encoded:
         raise DataError(f"{frame.source}: expected a feature column besides the label, found none")
@@ -168,6 +174,15 @@ def encode(name: str, column: Column, where: Where) -> Iterator[tuple[str, Float
     if spelt.any():
         raise _not_finite(name, where(int(np.argmax(spelt))))
     yield name, _finite(name, numbers, where)
+
+
+def code_texts(column: Column) -> list[str]:
+    """A column of codes as texts, so that 1 and 1.0 are one code; a missing one is empty."""
+    texts = [] if isinstance(column, np.ndarray) else [text or "" for text in column]
+    numbers = column if isinstance(column, np.ndarray) else as_numbers(texts)
+    if numbers is None:
+        return texts
+    return [number_text(value) if np.isfinite(value) else "" for value in numbers]
 
 
 def one_hot(name: str, texts: Sequence[str], where: Where) -> Iterator[tuple[str, FloatArray]]:

@@ -89,7 +89,7 @@ def local_batches(
     if memory is not None and len(memory):
         wanted = -(-recipe.distil_epochs * memory.effective() // size)
         own = _at_least(own, int(wanted), inputs, size, seed)
-    steps = len(own)
+    steps, strength = len(own), recipe.soft_weight_for(len(inputs))
     soft = _draws(memory, size, steps, seed) if memory is not None and len(memory) else None
     contrast = None
     if background is not None:
@@ -100,7 +100,7 @@ def local_batches(
             None if soft is None or memory is None else
             (memory.inputs[soft[step]], memory.targets[soft[step]]),
             None if contrast is None or background is None else background[contrast[step]],
-            recipe, generator(seed, "mix", step),
+            recipe, strength, generator(seed, "mix", step),
         )
 
 
@@ -127,6 +127,7 @@ def _assemble(
     soft: tuple[Tensor, Tensor] | None,
     background: Tensor | None,
     recipe: Recipe,
+    strength: float,
     random: np.random.Generator,
 ) -> Batch:
     """One batch: own, then soft (or, before there are any, background alone), then mixed."""
@@ -140,14 +141,14 @@ def _assemble(
         count, temperature = len(rows), recipe.temperature
         parts.append(rows)
         wanted.append(soften(answers, temperature))
-        weights.append(np.full(count, recipe.soft_weight * temperature**2 / count))
+        weights.append(np.full(count, strength * temperature**2 / count))
         familiar.append(np.full(count, -1.0 / count if background is not None else 0.0))
         if recipe.mixup:
             mixed, answers = mix(torch.cat(parts), torch.cat([targets, answers]),
                                  recipe.batch_size, recipe.mixup, random)
             parts.append(mixed)
             wanted.append(soften(answers, temperature))
-            weights.append(np.full(len(mixed), recipe.soft_weight * temperature**2 / len(mixed)))
+            weights.append(np.full(len(mixed), strength * temperature**2 / len(mixed)))
             familiar.append(np.zeros(len(mixed)))
     elif background is not None:
         parts.append(background)

@@ -22,6 +22,7 @@ class Recipe:
         distil_epochs: passes over the soft targets in a phase; inside the local steps, passes
             that they get at least, however few the own rows are.
         soft_weight: weight of the soft part beside the cross-entropy of own rows.
+        scarce_rows: with fewer own rows than this the soft part weighs more, in proportion.
         temperature: of the distillation loss.
         loss: ``kl``, or ``mae`` on row-centred logits (FedMD).
         mixup: concentration of the Beta law that mixes pairs of rows and their targets, 1 is
@@ -43,9 +44,17 @@ class Recipe:
     distil: str = "inside"
     distil_epochs: int = 1
     soft_weight: float = 1.0
+    scarce_rows: int = 0
     temperature: float = 1.0
     loss: str = "kl"
     mixup: float = 0.0
     average: float = 0.0
     familiarity: bool = False
     calibrate: bool = False
+
+    def soft_weight_for(self, rows: int) -> float:
+        """Weight of the soft part for a learner with this many own rows.
+
+        Few labels are weak evidence, and the ensemble's targets stand in for the missing ones.
+        """
+        return self.soft_weight * max(1.0, self.scarce_rows / max(rows, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ class SklearnStudent:
             row, label = np.nonzero(self._targets > 1e-3)
             weight = self._targets[row, label] * self._weights[row]
             own = len(rows) / self._weights.sum()
-            scale = self.recipe.soft_weight * own if len(rows) else 1.0
+            scale = self.recipe.soft_weight_for(len(rows)) * own if len(rows) else 1.0
             inputs.append(_flat(self._inputs)[row])
             labels.append(label)
             weights.append(weight * scale)
@@ -138,7 +139,7 @@ class SklearnStudent:
         inputs = np.concatenate([_flat(rows.inputs), _flat(self.background)])
         own = np.repeat([1, 0], [len(rows), len(self.background)])
         share = np.where(own == 1, 0.5 / len(rows), 0.5 / len(self.background)) * 2 * len(rows)
-        self._scorer = LogisticRegression(max_iter=1000).fit(inputs, own, sample_weight=share)
+        self._scorer = LogisticRegression(C=0.1, max_iter=1000).fit(inputs, own, sample_weight=share)
 
 
 class _Constant:
@@ -152,4 +153,5 @@ class _Constant:
 
 
 def _flat(inputs: FloatArray) -> FloatArray:
-    return np.asarray(inputs).reshape(len(inputs), -1)
+    table = np.asarray(inputs)
+    return table.reshape(len(table), math.prod(table.shape[1:]))  # -1 cannot be told of no rows

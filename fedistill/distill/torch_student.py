@@ -168,11 +168,11 @@ class TorchStudent:
 
     def state_dict(self) -> State:
         """Weights, their moving average, the optimizer's tensors and the number of steps."""
-        state = {f"net.{k}": v.cpu().numpy() for k, v in self._net.state_dict().items()}
-        state |= {f"average.{i}": v.cpu().numpy() for i, v in enumerate(self._averaged)}
+        state = {f"net.{k}": _copied(v) for k, v in self._net.state_dict().items()}
+        state |= {f"average.{i}": _copied(v) for i, v in enumerate(self._averaged)}
         for index, weight in enumerate(self._weights()):
             for key, value in self._optimizer.state.get(weight, {}).items():
-                state[f"optimizer.{index}.{key}"] = value.cpu().numpy()
+                state[f"optimizer.{index}.{key}"] = _copied(value)
         return state | {"steps": np.array([self._steps], dtype=np.int64)}
 
     def load_state_dict(self, state: State, rows: Rows) -> None:
@@ -301,6 +301,11 @@ class TorchStudent:
     def _tensor(self, array: Any) -> Tensor:
         tensor: Tensor = torch.as_tensor(np.asarray(array, dtype=np.float32))
         return tensor.to(self.device)
+
+
+def _copied(tensor: Tensor) -> FloatArray:
+    """The values now: on the CPU ``numpy()`` alone would share memory with the living weights."""
+    return np.array(tensor.cpu().numpy())
 
 
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

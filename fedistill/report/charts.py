@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -73,30 +73,40 @@ def accuracy_series(run: Run, kind: str) -> list[Series]:
 
 def agreement(run: Run) -> list[Figure]:
     """Small charts of agreement with the soft targets, and of the targets' entropy."""
-    half: list[tuple[str, str, str, Series, Callable[[float], str], float | None]] = [
-        ("agreement", "Agreement with the soft targets",
-         "Share of proxy rows on which a client's first choice is that of the soft targets; "
-         "mean over clients.",
-         Series("agreement", run.curve("agreement"), colour=2), words.percent, 1),
-        ("entropy", "How undecided the soft targets are",
-         "Mean entropy in nats: 0 is certain"
-         + (f", {_entropy(run):.2f} a guess among {_classes(run)} classes." if _classes(run) > 1
-            else "."),
-         Series("entropy", run.curve("target_entropy"), colour=3), lambda v: f"{v:.2f}", None),
-        ("epsilon", "Privacy budget spent", "ε of the site that spent most.",
-         Series("ε", run.curve("epsilon_max"), colour=4), lambda v: f"{v:.2f}", None),
-    ]
+    classes = run.summary.get("classes")
+    guess = math.log(len(classes)) if isinstance(classes, list) and len(classes) > 1 else 0
+    entropy = f"Mean entropy in nats: 0 is certain{f', {guess:.2f} is a guess' if guess else ''}."
     drawn = [
-        Figure(title, caption, line_chart(
-            [series], ident=ident, title=title, x_label="round", y_label="", x_format=_plain,
-            y_format=y_format, width=430, height=200, least=0, most=most, names_at_ends=False,
-        )) for ident, title, caption, series, y_format, most in half
+        small("agreement", "Agreement with the soft targets",
+              "Share of proxy rows on which a client's first choice is that of the soft targets; "
+              "mean over clients.", run.curve("agreement"), 2, words.percent, most=1),
+        small("entropy", "How undecided the soft targets are", entropy,
+              run.curve("target_entropy"), 3, "{:.2f}".format),
     ]
     return [figure for figure in drawn if figure.wide]
 
 
+def budget(run: Run) -> list[Figure]:
+    """The privacy loss by round, where there is one."""
+    figure = small("epsilon", "Privacy loss by round", "ε of the site that spent most.",
+                   run.curve("epsilon_max"), 4, "{:.3g}".format)
+    return [figure] if figure.wide else []
+
+
+def small(ident: str, title: str, caption: str, points: Sequence[Point], colour: int,
+          y_format: Callable[[float], str], most: float | None = None) -> Figure:
+    """A single line at half the page's width."""
+    return Figure(title, caption, line_chart(
+        [Series(title, points, colour=colour)], ident=ident, title=title, x_label="round",
+        y_label="", x_format=_plain, y_format=y_format, width=430, height=200, least=0, most=most,
+        names_at_ends=False,
+    ))
+
+
 def traffic(run: Run) -> list[Figure]:
     """Bytes per client and round as bars, and the bytes of the whole run as they add up."""
+    if not run.total("bytes_up", "bytes_down"):
+        return []
     up = run.figure("bytes_up_per_client_round")
     down = run.figure("bytes_down_per_client_round")
     fedavg = run.figure("fedavg_bytes_per_client_round")
@@ -154,15 +164,6 @@ def attendance(run: Run) -> str:
         [("upload used", 0, points["clients_ok"]), ("not used", 1, points["clients_failed"])],
         ident="attendance", title="Clients in each round", x_label="round", y_label="clients",
     )
-
-
-def _classes(run: Run) -> int:
-    names = run.summary.get("classes")
-    return len(names) if isinstance(names, list) else 0
-
-
-def _entropy(run: Run) -> float:
-    return math.log(_classes(run))
 
 
 def _plain(value: float) -> str:

@@ -102,7 +102,7 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
               words.human_bytes, lowest=True, digits=0),
         _line("saving vs FedAvg", runs, lambda run: headline.savings(run).total, words.times,
               digits=2),
-        _words("ε", [_epsilon(run) for run in runs]),
+        _words("privacy", [headline.epsilon(run) for run in runs]),
         _line("time", runs, lambda run: run.total("seconds") or None, words.duration, lowest=True,
               digits=1),
     ]
@@ -112,7 +112,8 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
 
 def render(comparison: Comparison) -> Table:
     """The table for a terminal: few runs as columns, many as rows."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    gap = 1 if comparison.wide else 2
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, gap, 0, 0))
     labels = [Text(label, style="bold") for label in comparison.labels]
     lines = comparison.shown
     if not comparison.wide:
@@ -122,16 +123,19 @@ def render(comparison: Comparison) -> Table:
         for line in lines:
             table.add_row(Text(line.name, style="dim"), *map(_mark, line.entries))
     else:
-        table.add_column("run", overflow="fold")
+        table.add_column("run", overflow="fold", min_width=12)
         for line in lines:
-            table.add_column(Text(line.name), justify="right")
+            table.add_column(Text(line.name), justify="right", overflow="fold")
         for place, label in enumerate(labels):
             table.add_row(label, *(_mark(line.entries[place]) for line in lines))
     marked = any(entry.best for line in lines for entry in line.entries)
     said = ["● best"] if marked else []
-    table.caption = Text("\n".join([*said, *filter(None, [comparison.shared]),
-                                    *comparison.cautions]), style="dim")
-    table.caption_justify = "left"
+    said += [comparison.shared] if comparison.shared else []
+    said += comparison.cautions
+    if said:
+        table.caption = Text("\n" + "\n".join(said))
+        table.caption_style = "dim"
+        table.caption_justify = "left"
     return table
 
 
@@ -206,9 +210,12 @@ def _words(name: str, texts: Sequence[str]) -> Line:
 
 def _line(name: str, runs: Sequence[Run], value: Callable[[Run], float | None],
           form: Callable[..., str], *, digits: int, lowest: bool = False, sd: str = "") -> Line:
-    """A line of figures; the best are marked where they are known of several and not all equal."""
+    """A line of figures; the best are marked where they are known of several and not all equal.
+
+    Having sent nothing is no merit: zero is never the lowest.
+    """
     found = [value(run) for run in runs]
-    known = [round(v, digits) for v in found if v is not None]
+    known = [round(v, digits) for v in found if v or (v is not None and not lowest)]
     best = (min if lowest else max)(known, default=None)
     marked = len(known) > 1 and any(v != best for v in known)
     spreads = [number(run.summary.get(f"{sd}_sd")) if sd else None for run in runs]
@@ -258,8 +265,3 @@ def _seeds(run: Run) -> str:
         return words.count(len(run.repeats), "seed")
     seed = run.summary.get("seed", run.setting("seed"))
     return "" if seed is None else clean(seed, 24)
-
-
-def _epsilon(run: Run) -> str:
-    epsilon = run.figure("epsilon_max")
-    return "no DP" if epsilon is None else f"{epsilon:.3g}"

@@ -8,6 +8,9 @@ from fedistill.report import words
 from fedistill.report.folder import Run
 from fedistill.report.words import number
 
+SHARE_OTHERWISE = {"local", "centralised", "fedavg", "fd", "fedproto", "fedhenn"}
+"""Methods of which it is not true that sites share predictions on proxy rows and nothing else."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -60,7 +63,7 @@ def lead(run: Run) -> str:
     method, summary = run.method, run.text("method_summary", 240).rstrip(".")
     said = [f"Method: {method}" + (f", {_lower(summary)}." if summary else ".")] if method else []
     rows, asked = run.figure("proxy_rows"), run.figure("proxy_per_round")
-    if rows:
+    if rows and shares_predictions(run):
         part = f", {asked:,.0f} of them in each round" if asked and asked < rows else ""
         said.append(f"The sites kept their own rows and shared only predictions on "
                     f"{rows:,.0f} proxy rows{part}.")
@@ -80,30 +83,46 @@ def tiles(run: Run) -> list[Tile]:
         context += f"; {words.percent(first.y)} after round {first.x:.0f}"
     auc = run.figure("student_auc")
     ratio = saving if saving is None or saving >= 1 else 1 / saving
-    epsilon = run.figure("epsilon_max")
     return [
         Tile("Student", words.percent(run.figure("student_accuracy")),
              _spread(run, "student_accuracy") + "correct on the test rows"
              + (f"; AUC {auc:.3f}" if auc is not None else "")),
         Tile("Clients, mean", words.percent(mean), _spread(run, "client_accuracy_mean") + context),
         Tile("Bytes against FedAvg", words.times(ratio),
-             "unknown" if saving is None else "fewer, both ways together" if saving >= 1
+             _no_saving(run) if saving is None else "fewer, both ways together" if saving >= 1
              else "MORE, both ways together", bad=saving is not None and saving < 1),
-        Tile("Privacy", "no DP" if epsilon is None else f"ε = {epsilon:.3g}",
-             privacy(run) if epsilon is None else "spent by the site that spent most"),
+        Tile("Privacy", epsilon(run), privacy(run) if run.figure("epsilon_max") is None
+             else "spent by the site that spent most"),
     ]
+
+
+def shares_predictions(run: Run) -> bool:
+    """Whether predictions on proxy rows are all that the sites share."""
+    return bool(run.method) and run.method not in SHARE_OTHERWISE
+
+
+def epsilon(run: Run) -> str:
+    """``no DP`` where no mechanism ran, else what was spent; what is unknown is called so."""
+    spent = run.figure("epsilon_max")
+    if spent is not None:
+        return f"ε = {spent:.3g}"
+    return "no DP" if mechanism(run) == "none" else "ε unknown"
+
+
+def mechanism(run: Run) -> str:
+    """The privacy mechanism by name; ``none`` where none is named."""
+    named = run.table("privacy").get("mechanism") or run.setting("privacy", "mechanism")
+    return words.clean(named or "none", 40)
 
 
 def privacy(run: Run) -> str:
     """What is promised, plainly; without a mechanism ``no differential privacy``."""
-    table = run.table("privacy")
-    statement = words.clean(table.get("statement") or "", 300)
-    mechanism = words.clean(table.get("mechanism") or "none", 40)
+    statement = words.clean(run.table("privacy").get("statement") or "", 300)
     if statement:
         return statement
-    if mechanism == "none" and run.figure("epsilon_max") is None:
+    if mechanism(run) == "none" and run.figure("epsilon_max") is None:
         return "no differential privacy"
-    return f"{mechanism}: unit, relation and δ are not stated, so ε says nothing by itself"
+    return f"{mechanism(run)}: unit, relation and δ are not stated, so ε says nothing by itself"
 
 
 def warnings(run: Run) -> list[str]:
@@ -133,6 +152,14 @@ def notes(run: Run) -> list[str]:
     own = run.summary.get("notes")
     found = own if isinstance(own, list) else []
     return [words.clean(note, 400) for note in found[:40]] + list(run.remarks)
+
+
+def _no_saving(run: Run) -> str:
+    return "nothing was sent" if run.rounds and not _sent(run) else "unknown"
+
+
+def _sent(run: Run) -> float:
+    return run.total("bytes_up", "bytes_down")
 
 
 def _ratio(fedavg: float | None, ours: float | None) -> float | None:

@@ -45,6 +45,8 @@ def view(run: Run) -> dict[str, Any]:
         "events": events,
         "more_events": more,
         "privacy": headline.privacy(run),
+        "budget": charts.budget(run),
+        "shares_predictions": headline.shares_predictions(run),
         "private": run.figure("epsilon_max") is not None,
         "notes": headline.notes(run),
         "settings": settings(run.config),
@@ -54,6 +56,8 @@ def view(run: Run) -> dict[str, Any]:
 
 def traffic_sentences(run: Run, saved: headline.Savings) -> list[str]:
     """The bytes in words: each way against FedAvg, and the whole run."""
+    if not run.total("bytes_up", "bytes_down"):
+        return []
     said = []
     for way, key, ratio in (("Up", "up", saved.up), ("Down", "down", saved.down)):
         each = run.figure(f"bytes_{key}_per_client_round")

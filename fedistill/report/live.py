@@ -72,12 +72,12 @@ class RoundTable:
 
     def __enter__(self) -> RoundTable:
         self._began = time.monotonic()
+        self._print(Text(self.title, style="bold"))
+        self._print(Text(head(self._columns), style="dim"))
         if self._moving:
             self._live = Live(Text(), console=self.console, auto_refresh=False, transient=True,
                               vertical_overflow="crop")
             self._live.start()
-        self._print(Text(self.title, style="bold"))
-        self._print(Text(head(self._columns), style="dim"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -145,10 +145,10 @@ class RoundTable:
     def _left(self) -> float | None:
         """Seconds that the remaining rounds will take at the pace so far."""
         done = number(self._last.get("round"))
-        if done is None:
+        if done is None or done >= self.rounds:
             return None
         pace = (time.monotonic() - self._began) / max(self._finished, 1)
-        return pace * max(self.rounds - done, 0)
+        return pace * (self.rounds - done)
 
     def _print(self, line: Text) -> None:
         """One line, never wrapped off a terminal, in characters that the output can carry."""

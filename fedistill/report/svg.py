@@ -17,7 +17,7 @@ DASHES = ("", "6 4", "2 3", "9 3 2 3")
 CHARACTER = 6.9
 """Mean width of a character at the charts' 12 px, to leave room for texts."""
 ZERO = re.compile(r"(\.\d*?)0(\D*)$")
-HOVER = 600
+HOVER = 200
 """Above so many points a chart carries no values to hover over."""
 
 Format = Callable[[float], str]

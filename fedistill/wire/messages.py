@@ -42,19 +42,35 @@ class RowSpec:
 
     def rows(self) -> IntArray:
         """The row numbers, ``[count]``; those of one round are distinct."""
-        start = (self.round - 1) * self.count
-        chosen: list[IntArray] = []
-        missing = self.count
-        while missing:
-            number, offset = divmod(start, self.total)
-            order = generator(self.seed, "proxy-pass", number).permutation(self.total)
-            if chosen:
-                order = order[~np.isin(order, chosen[0])]
-            part = order[offset : offset + missing] if not chosen else order[:missing]
-            chosen.append(part)
-            missing -= len(part)
-            start += len(part)
-        return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+        if not self.count:
+            return np.empty(0, dtype=np.int64)
+        number, offset = divmod((self.round - 1) * self.count, self.total)
+        first = self._pass(number)[offset : offset + self.count]
+        if len(first) == self.count:
+            return first
+        return np.concatenate([first, self._pass(number + 1)[: self.count - len(first)]])
+
+    def _pass(self, number: int) -> IntArray:
+        """All rows in the order in which pass ``number`` deals them out.
+
+        A round that takes the last rows of one pass and the first of the next must not get a row
+        twice: rows among the former wait until that round is over. That moves rows among the
+        first ``count`` of a pass only, so in long passes the last rows are known at once; in
+        short ones the pass before decides on them, back to one that began together with a round.
+        """
+        start = number
+        while start and start * self.total % self.count and (
+            start == number or self.total < 2 * self.count
+        ):
+            start -= 1
+        order = generator(self.seed, "proxy-pass", start).permutation(self.total)
+        for later in range(start + 1, number + 1):
+            shared = later * self.total % self.count
+            last = order[self.total - shared :]
+            order = generator(self.seed, "proxy-pass", later).permutation(self.total)
+            head = np.flatnonzero(~np.isin(order, last))[: self.count - shared]
+            order = np.concatenate([order[head], np.delete(order, head)])
+        return order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +133,11 @@ class Plan:
         _exact_keys(header, keys | ({"targets"} if "targets" in header else set()))
         if header["kind"] != "plan":
             raise Rejected("kind", "expected a plan")
-        targets = None
-        if "targets" in header:
-            told = header["targets"]
-            targets = Targets(
-                spec=RowSpec(**told["spec"]), codec=told["codec"], classes=told["classes"],
-                missing=tuple(told["missing"]), payload=payload,
-            )
+        _check_types(header, {"run": str, "round": int, "proxy": str, "classes": str})
+        targets = _read_targets(header["targets"], payload) if "targets" in header else None
         return cls(
             run=header["run"], round=header["round"], proxy=header["proxy"],
-            classes=header["classes"], ask=RowSpec(**header["ask"]), targets=targets,
+            classes=header["classes"], ask=_read_spec(header["ask"]), targets=targets,
             weights=b"" if targets else payload,
         )
 
@@ -195,7 +206,7 @@ class Upload:
         _exact_keys(header, set(UPLOAD_FIELDS))
         for name, kind in UPLOAD_FIELDS.items():
             value = header[name]
-            if name == "temperature" and type(value) is int:
+            if name == "temperature" and type(value) is int and abs(value) < 1 << 53:
                 value = float(value)
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 reason = "size" if name == "size" else "field"
@@ -287,6 +298,45 @@ def unseal(data: bytes, limit: int) -> tuple[dict[str, Any], bytes]:
 
 def _spec(spec: RowSpec) -> dict[str, int]:
     return {"seed": spec.seed, "round": spec.round, "count": spec.count, "total": spec.total}
+
+
+def _read_spec(raw: Any) -> RowSpec:
+    """Rows that can be drawn: of ``total`` at least one, and no more than there are."""
+    names = {"seed": int, "round": int, "count": int, "total": int}
+    _check_types(raw, names)
+    _exact_keys(raw, set(names))
+    spec = RowSpec(**raw)
+    if spec.round < 1 or not 0 <= spec.count <= spec.total < 1 << 40 or not spec.total:
+        raise Rejected("shape", "the rows of a round must be a part of the proxy rows")
+    return spec
+
+
+def _read_targets(raw: Any, payload: bytes) -> Targets:
+    """Targets whose parts fit together; the payload is judged when it is decoded."""
+    names = {"spec": dict, "codec": str, "classes": int, "missing": list}
+    _check_types(raw, names)
+    _exact_keys(raw, set(names))
+    spec, missing = _read_spec(raw["spec"]), raw["missing"]
+    if raw["codec"] not in codecs.CODECS:
+        raise Rejected("codec", "the targets come in an unknown codec")
+    if not 1 <= raw["classes"] < 1 << 20 or not (
+        all(type(row) is int and 0 <= row < spec.count for row in missing)
+        and len(set(missing)) == len(missing)
+    ):
+        raise Rejected("shape", "the targets name rows or classes that cannot be")
+    return Targets(
+        spec=spec, codec=raw["codec"], classes=raw["classes"], missing=tuple(missing),
+        payload=payload,
+    )
+
+
+def _check_types(header: Any, names: Mapping[str, type]) -> None:
+    """Refuse what is no table, or holds one of these names with a value of another type."""
+    if not isinstance(header, dict):
+        raise Rejected("field", "expected a table")
+    for name, kind in names.items():
+        if type(header.get(name)) is not kind:
+            raise Rejected("field", f"field {name} has the wrong type")
 
 
 def _exact_keys(header: Mapping[str, Any], expected: set[str]) -> None:

@@ -195,7 +195,7 @@ def test_fashion10(real: Callable[[str], Path]) -> None:
 def test_the_four_hospitals(real: Callable[[str], Path]) -> None:
     real("heart_disease_uci")
     data = DataSettings(source="csv:heart_disease_uci/processed.*.data", header=False,
-                        label="-1", positive_above=0, indicators=True)
+                        label="-1", positive_above=0, indicators=0.0)
     clients = ClientsSettings(partition="by-column", column="file", labelled=20)
     found = prepare(data, ProxySettings(rows=200), clients, 7)
     assert {name: len(rows) for name, rows in found.tests.items()} == {

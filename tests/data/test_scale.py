@@ -34,7 +34,7 @@ def test_private_rows_cannot_move_the_statistics() -> None:
 
 def test_indicators_for_columns_that_miss_values_in_public_rows() -> None:
     public = np.array([[1.0, NAN], [3.0, 4.0]], np.float32)
-    scaler = Scaler.fit(public, "table", "none", indicators=True)
+    scaler = Scaler.fit(public, "table", "none", indicators=0.0)
     got = scaler.apply(np.array([[NAN, NAN], [7.0, 8.0]], np.float32))
     assert got.tolist() == [[2.0, 4.0, 1.0], [7.0, 8.0, 0.0]]
 

@@ -23,9 +23,10 @@ def test_a_whole_run_with_baselines_and_repeats(make_run):
 @pytest.mark.parametrize("build", [
     lambda folder: folder / "nowhere",
     lambda folder: folder,
-    lambda folder: (folder / "file").write_text("") and None or folder / "file",
+    lambda folder: folder / "file",
 ])
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, build):
+    (tmp_path / "file").write_text("")
     with pytest.raises(FedistillError, match=r"expected .* found .* name the folder") as caught:
         read_run(build(tmp_path))
     assert "\n" not in str(caught.value)

@@ -54,7 +54,8 @@ def test_the_headline_and_the_tiles(make_run):
     assert "8 sites, one student: 89.4% correct after 12 rounds" in seen
     assert "84.6× fewer, both ways together" in seen
     assert "Up: 412 B per client and round, 208× fewer bytes than FedAvg." in seen
-    assert "No" not in seen.split("Privacy")[1].split("Notes")[0] or "no differential privacy" in seen
+    assert "shared only predictions on 400 proxy rows" in seen
+    assert "no differential privacy" in seen
 
 
 def test_every_part_is_there(make_run):
@@ -65,7 +66,8 @@ def test_every_part_is_there(make_run):
         assert f"<h2>{title}" in text
     seen = plain(text)
     for words in ("left-out student", "best single other", "centralised", "dropped: late",
-                  "flagged: single-class", "3f3f", "2.13.0", "gradient-boosting", "preset fedistill"):
+                  "flagged: single-class", "3f3f", "2.13.0", "gradient-boosting",
+                  "preset fedistill"):
         assert words in seen
 
 
@@ -81,7 +83,8 @@ def test_charts_are_well_formed_and_their_names_unique(make_run):
 
 def test_nothing_is_loaded_and_nothing_runs(make_run):
     text = report(make_run())
-    assert not re.search(r"https?://|<script|<link|<img|<iframe|\bsrc=|@import|url\(|\son\w+=", text)
+    loading = r"https?://|<script|<link|<img|<iframe|\bsrc=|@import|url\(|\son\w+="
+    assert not re.search(loading, text)
     assert "default-src 'none'" in text
 
 
@@ -129,9 +132,19 @@ def test_privacy_is_never_made_up(make_run):
     folder = make_run(privacy={"mechanism": "dpsgd"}, epsilon_max=2.5)
     seen = plain(report(folder))
     assert "ε = 2.5" in seen
+    assert "Privacy loss by round" not in seen
     assert "dpsgd: unit, relation and δ are not stated" in seen
+    change_summary(folder, epsilon_max=None)
+    seen = plain(report(folder))
+    assert "ε unknown" in seen
+    assert "no DP" not in seen
     change_summary(folder, privacy={}, epsilon_max=None)
     assert "no differential privacy" in plain(report(folder))
+
+
+@pytest.mark.parametrize("method", ["local", "centralised", "fedavg", "fedproto"])
+def test_of_other_methods_it_does_not_say_that_only_predictions_were_shared(make_run, method):
+    assert "predictions on" not in plain(report(make_run(method=method))).split("Words")[0]
 
 
 def test_best_value_and_difference_to_the_reference(make_run):

@@ -1,0 +1,318 @@
+"""Messages: round trips, the whitelist, row draws, and what arbitrary bytes can do (nothing)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import builders
+import numpy as np
+import pytest
+from builders import LIMIT, reseal, sealed_text
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fedistill.errors import Rejected
+from fedistill.wire import codec
+from fedistill.wire.messages import (
+    UPLOAD_FIELDS,
+    Plan,
+    RowSpec,
+    Targets,
+    Upload,
+    bucket,
+    seen_mask,
+    unseal,
+)
+
+PROBS = builders.probabilities(6, 1)
+SPEC = RowSpec(3, 2, 6, 40)
+PLAN = Plan(
+    run="r" * 16, round=3, ask=RowSpec(3, 3, 6, 40), proxy="p" * 64, classes="c" * 64,
+    targets=Targets(
+        spec=SPEC, codec="u8", classes=3, missing=(1, 4),
+        payload=codec.pack(codec.CODECS["u8"].encode(PROBS[:4])),
+    ),
+    clients=("a", "b"),
+)
+UPLOAD = Upload(
+    client="site-1", run="r" * 16, round=3, proxy="p" * 64, classes="c" * 64, shape=(6, 3),
+    familiarity=True, seen="5", size=32, epsilon=0.5, ledger="ab",
+    payload=codec.pack(codec.CODECS["u8"].encode(PROBS) + codec.encode_familiarity(np.zeros(6))),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+# --- round trips ---------------------------------------------------------------------------------
+
+
+def test_an_upload_reads_back_equal() -> None:
+    assert Upload.from_bytes(UPLOAD.to_bytes()) == UPLOAD
+    probs, familiarity = UPLOAD.decode()
+    assert probs.shape == (6, 3)
+    assert familiarity is not None
+    assert familiarity.shape == (6,)
+    assert codec.kl(PROBS, probs) <= 1e-3
+
+
+def test_a_plan_reads_back_equal_and_does_not_say_who_else_is_asked() -> None:
+    assert Plan.from_bytes(PLAN.to_bytes()) == PLAN
+    assert Plan.from_bytes(PLAN.to_bytes()).clients == ()
+    assert PLAN.to_bytes() == dataclasses.replace(PLAN, clients=()).to_bytes()
+
+
+def test_plans_without_targets_and_with_weights_read_back_equal() -> None:
+    bare = dataclasses.replace(PLAN, targets=None)
+    assert Plan.from_bytes(bare.to_bytes()) == bare
+    heavy = dataclasses.replace(bare, weights=b"\x00\x01" * 50)
+    assert Plan.from_bytes(heavy.to_bytes()) == heavy
+
+
+@given(
+    client=st.text(max_size=256), round=st.integers(-(10**20), 10**20), size=st.integers(),
+    epsilon=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)), payload=st.binary(max_size=99),
+)
+@settings(deadline=None)
+def test_any_upload_that_can_be_said_is_heard_alike(**fields: Any) -> None:
+    said = dataclasses.replace(UPLOAD, **fields)
+    assert Upload.from_bytes(said.to_bytes()) == said
+
+
+def test_counts_are_rounded_to_powers_of_two() -> None:
+    sizes = [bucket(count) for count in range(5000)]
+    assert sizes[0] == 0
+    assert all(size & (size - 1) == 0 for size in sizes)
+    assert all(abs(np.log2(size / count)) <= 0.5 for count, size in enumerate(sizes) if count)
+
+
+@given(st.lists(st.booleans(), max_size=200))
+def test_the_mask_of_classes_seen_reads_back(seen: list[bool]) -> None:
+    upload = dataclasses.replace(UPLOAD, seen=seen_mask(seen))
+    assert upload.seen_classes(len(seen)).tolist() == seen
+
+
+# --- damage --------------------------------------------------------------------------------------
+
+MESSAGES = pytest.mark.parametrize("message", [PLAN, UPLOAD], ids=["plan", "upload"])
+
+
+@MESSAGES
+@pytest.mark.parametrize("eighth", range(8))
+def test_a_message_cut_at_each_eighth_is_refused(message: Plan | Upload, eighth: int) -> None:
+    data = message.to_bytes()
+    with pytest.raises(Rejected) as caught:
+        type(message).from_bytes(data[: len(data) * eighth // 8])
+    assert caught.value.reason == "truncated"
+
+
+@MESSAGES
+def test_one_flipped_bit_anywhere_is_refused(message: Plan | Upload) -> None:
+    data = message.to_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            broken = bytearray(data)
+            broken[place] ^= 1 << bit
+            with pytest.raises(Rejected):
+                type(message).from_bytes(bytes(broken))
+
+
+@MESSAGES
+def test_something_behind_or_before_a_message_is_refused(message: Plan | Upload) -> None:
+    data = message.to_bytes()
+    for broken in (data + b"\0", b"\0" + data, data + data):
+        with pytest.raises(Rejected):
+            type(message).from_bytes(broken)
+
+
+@MESSAGES
+def test_a_message_above_the_limit_is_refused_unread(message: Plan | Upload) -> None:
+    data = message.to_bytes()
+    with pytest.raises(Rejected, match="too_large"):
+        type(message).from_bytes(data, limit=len(data) - 1)
+    assert type(message).from_bytes(data, limit=len(data)) == message
+
+
+def test_a_plan_is_no_upload_and_an_upload_no_plan() -> None:
+    for reader, data in ((Plan, UPLOAD.to_bytes()), (Upload, PLAN.to_bytes())):
+        with pytest.raises(Rejected):
+            reader.from_bytes(data)
+
+
+def test_another_version_is_refused_by_its_name() -> None:
+    body = bytearray(UPLOAD.to_bytes())
+    body[4] = 2
+    with pytest.raises(Rejected, match="version"):
+        Upload.from_bytes(bytes(body))
+
+
+def test_a_header_longer_than_its_cap_is_refused() -> None:
+    with pytest.raises(Rejected, match="format"):
+        unseal(sealed_text(b'{"a":"' + b"x" * (1 << 16) + b'"}'), LIMIT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 60_000, b'{"a":' * 10_000,
+     b"\x00{}", b"{\"a\": 1" + b"0" * 5000 + b"}"],
+    ids=range(11),
+)
+def test_a_header_that_is_no_table_is_refused(text: bytes) -> None:
+    for reader in (Plan, Upload):
+        with pytest.raises(Rejected):
+            reader.from_bytes(sealed_text(text))
+
+
+@given(st.binary(max_size=400))
+@example(b"FDst")
+@settings(deadline=None, max_examples=200)
+def test_arbitrary_bytes_are_refused_and_nothing_else(data: bytes) -> None:
+    for reader in (Plan, Upload):
+        with pytest.raises(Rejected):
+            reader.from_bytes(data)
+
+
+@given(st.dictionaries(st.sampled_from([*UPLOAD_FIELDS, "label"]), JSON))
+@example({"temperature": 10**400})
+@example({"shape": [1e12, 10]})
+@example({"shape": [True, True]})
+@example({"seen": "f" * 300})
+@settings(deadline=None, max_examples=300)
+def test_an_upload_with_arbitrary_fields_is_read_or_refused(changes: dict[str, Any]) -> None:
+    header = unseal(UPLOAD.to_bytes(), LIMIT)[0] | changes
+    try:
+        upload = Upload.from_bytes(sealed_text(json.dumps(header).encode(), UPLOAD.payload))
+    except Rejected:
+        return
+    assert set(header) == set(UPLOAD_FIELDS)
+    assert all(len(value) <= 256 for value in vars(upload).values() if isinstance(value, str))
+
+
+@given(
+    st.dictionaries(st.sampled_from([*unseal(PLAN.to_bytes(), LIMIT)[0], "extra"]), JSON),
+    st.dictionaries(st.sampled_from(["spec", "codec", "classes", "missing", "x"]), JSON),
+    st.dictionaries(st.sampled_from(["seed", "round", "count", "total", "x"]), JSON),
+)
+@example({"targets": 1}, {}, {})
+@example({"ask": {}}, {}, {})
+@example({"targets": None}, {}, {})
+@example({}, {"codec": "zip"}, {})
+@example({}, {"missing": [99]}, {})
+@example({}, {"classes": -1}, {})
+@example({}, {}, {"count": 50})
+@example({}, {}, {"count": -1})
+@example({}, {}, {"total": 0})
+@example({}, {}, {"round": 0})
+@settings(deadline=None, max_examples=300)
+def test_a_plan_with_arbitrary_fields_is_usable_or_refused(
+    changes: dict[str, Any], told: dict[str, Any], spec: dict[str, Any]
+) -> None:
+    header = unseal(PLAN.to_bytes(), LIMIT)[0]
+    header["targets"] = header["targets"] | told
+    header["targets"]["spec"] = (
+        header["targets"]["spec"] | spec if isinstance(header["targets"]["spec"], dict) else 0
+    )
+    text = json.dumps(header | changes).encode()
+    try:
+        plan = Plan.from_bytes(sealed_text(text, unseal(PLAN.to_bytes(), LIMIT)[1]))
+        if plan.ask.total > 1000 or (plan.targets and plan.targets.spec.total > 1000):
+            return  # the site refuses other totals than its own proxy set's
+        plan.ask.rows()
+        if plan.targets is not None:
+            assert len(plan.targets.rows()) == len(plan.targets.probs())
+    except Rejected:
+        pass
+
+
+# --- the whitelist (invariant 1) -----------------------------------------------------------------
+
+
+def test_the_whitelist_is_what_the_design_says() -> None:
+    assert set(UPLOAD_FIELDS) == {
+        "kind", "client", "run", "round", "proxy", "classes", "share", "codec", "temperature",
+        "shape", "familiarity", "seen", "size", "epsilon", "ledger",
+    }
+    header = unseal(UPLOAD.to_bytes(), LIMIT)[0]
+    assert set(header) == set(UPLOAD_FIELDS)
+
+
+@given(st.text(max_size=50), JSON)
+@example("labels", [0, 1, 2])
+@example("loss", 0.1)
+@settings(deadline=None)
+def test_an_upload_with_any_field_more_is_refused(name: str, value: Any) -> None:
+    if name in UPLOAD_FIELDS:
+        return
+    with pytest.raises(Rejected) as caught:
+        Upload.from_bytes(reseal(UPLOAD.to_bytes(), **{name: value}))
+    assert caught.value.reason == "fields"
+    assert len(str(caught.value)) < 120
+
+
+@pytest.mark.parametrize("name", UPLOAD_FIELDS)
+def test_an_upload_with_any_field_less_is_refused(name: str) -> None:
+    with pytest.raises(Rejected, match="fields"):
+        Upload.from_bytes(reseal(UPLOAD.to_bytes(), **{name: ...}))
+
+
+@pytest.mark.parametrize("name", ["labels", "accuracy", "clients", "__class__"])
+def test_a_plan_with_a_field_more_is_refused(name: str) -> None:
+    with pytest.raises(Rejected, match="fields"):
+        Plan.from_bytes(reseal(PLAN.to_bytes(), **{name: 1}))
+
+
+@pytest.mark.parametrize("name", ["client", "run", "proxy", "classes", "share", "codec", "ledger"])
+def test_a_text_longer_than_256_characters_is_refused(name: str) -> None:
+    with pytest.raises(Rejected, match="field"):
+        Upload.from_bytes(reseal(UPLOAD.to_bytes(), **{name: "x" * 257}))
+
+
+# --- rows in passes ------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**62), st.integers(1, 60), st.data())
+@settings(deadline=None, max_examples=150)
+def test_rows_of_a_round_differ_and_every_pass_deals_out_every_row_once(
+    seed: int, total: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, total))
+    rounds = data.draw(st.integers(1, 30))
+    dealt = []
+    for number in range(1, rounds + 1):
+        rows = RowSpec(seed, number, count, total).rows()
+        assert len(rows) == len(set(rows.tolist())) == count
+        dealt.extend(rows.tolist())
+    for start in range(0, len(dealt) - total + 1, total):
+        assert sorted(dealt[start : start + total]) == list(range(total))
+    assert set(dealt) <= set(range(total))
+
+
+def test_both_sides_draw_the_same_rows_and_other_seeds_others() -> None:
+    spec = RowSpec(11, 5, 7, 40)
+    told = Plan.from_bytes(dataclasses.replace(PLAN, ask=spec).to_bytes()).ask
+    np.testing.assert_array_equal(told.rows(), spec.rows())
+    assert spec.rows().tolist() != dataclasses.replace(spec, seed=12).rows().tolist()
+    assert spec.rows().tolist() != dataclasses.replace(spec, round=6).rows().tolist()
+
+
+def test_asking_for_every_row_gives_every_row_each_round() -> None:
+    for number in range(1, 5):
+        assert sorted(RowSpec(1, number, 9, 9).rows().tolist()) == list(range(9))
+
+
+def test_asking_for_no_row_gives_none() -> None:
+    assert RowSpec(1, 1, 0, 9).rows().tolist() == []
+
+
+def test_a_late_round_is_drawn_at_once() -> None:
+    import time
+
+    started = time.monotonic()
+    RowSpec(1, 2000, 700, 1001).rows()
+    assert time.monotonic() - started < 5
