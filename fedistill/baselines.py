@@ -67,7 +67,7 @@ class FedAvgSite(Site):
 
 
 class FedAvgServer(Server):
-    """A server that averages weights by (bucketed) number of rows."""
+    """A server that averages weights by number of rows, as enrolled."""
 
     def plan(self, number: int) -> Plan:
         """Who is asked, with the average's weights."""
@@ -98,7 +98,7 @@ class FedAvgServer(Server):
                 f"round {plan.round}: {len(answers)} usable uploads, the quorum is {self.quorum}"
             )
         ordered = sorted(answers, key=lambda answer: answer.upload.client)
-        sizes = np.array([a.upload.size for a in ordered], dtype=np.float64)
+        sizes = np.array([self.enrolled[a.upload.client] for a in ordered], dtype=np.float64)
         stacked: Probs = np.array([a.probs[0] for a in ordered], dtype=np.float64)
         set_weights(self._student(), (sizes / sizes.sum()) @ stacked)
         self.round = plan.round

@@ -20,7 +20,7 @@ from fedistill import store
 from fedistill.aggregate.rules import softmax
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
-from fedistill.errors import DataError, Rejected, RunError
+from fedistill.errors import CheckpointError, DataError, Rejected, RunError
 from fedistill.presets import Method
 from fedistill.seeding import derive
 from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, fingerprint_classes
@@ -90,6 +90,7 @@ class Site:
         self.run = ""
         self.round = 0
         self.upload = b""
+        self.refusal: Rejected | None = None
         self.targets = np.zeros((len(proxy), len(classes)), dtype=np.float32)
         self.stamp = np.zeros(len(proxy), dtype=np.int64)
         self.notes = list(_observations(client, proxy, len(classes)))
@@ -105,15 +106,25 @@ class Site:
         """
         plan = Plan.from_bytes(message)
         if (plan.run, plan.round) == (self.run, self.round):
-            return self.upload
+            return self._stored()
         self.agree(plan)
         self.absorb(plan)
         self.train(plan)
-        logits, familiarity = self.predict(plan)
-        probs = self.protect(logits)
-        self.upload = self.encode(plan, probs, familiarity).to_bytes()
+        self.upload, self.refusal = b"", None
+        try:
+            logits, familiarity = self.predict(plan)
+            probs = self.protect(logits)
+            self.upload = self.encode(plan, probs, familiarity).to_bytes()
+        except Rejected as refusal:
+            self.refusal = refusal
         self.run, self.round = plan.run, plan.round
         self.save()
+        return self._stored()
+
+    def _stored(self) -> bytes:
+        """The answer of this round, a refusal being one too: it is not trained for again."""
+        if self.refusal is not None:
+            raise self.refusal
         return self.upload
 
     def agree(self, plan: Plan) -> None:
@@ -124,6 +135,11 @@ class Site:
             raise Rejected("proxy_version", "the server uses other proxy rows: fetch them again")
         if plan.classes != fingerprint_classes(self.classes):
             raise Rejected("class_map", "the server means other classes, or another order")
+        told = plan.targets
+        if plan.ask.total != len(self.proxy) or (
+            told and (told.spec.total, told.classes) != (len(self.proxy), len(self.classes))
+        ):
+            raise Rejected("shape", "the server counts other proxy rows, or other classes")
         if plan.run == self.run and plan.round < self.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
 
@@ -131,8 +147,10 @@ class Site:
         """Learn from the last round's soft targets."""
         if plan.targets is None:
             return
-        rows = plan.targets.rows()
-        self.targets[rows], self.stamp[rows] = plan.targets.probs(), plan.targets.spec.round
+        rows, probs = plan.targets.rows(), plan.targets.probs()
+        if not np.isfinite(probs).all():
+            raise Rejected("nonfinite", "NaN or infinity among the soft targets")
+        self.targets[rows], self.stamp[rows] = probs, plan.targets.spec.round
         taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
             self.proxy.inputs[taught], self.targets[taught],
@@ -146,17 +164,23 @@ class Site:
     def predict(self, plan: Plan) -> tuple[Logits, FloatArray | None]:
         """Logits on the rows that are asked, and familiarity where the method shares it."""
         inputs = self.proxy.inputs[self._asked(plan)]
-        logits = self.learner.predict(inputs)
+        logits = _floats(self.learner.predict(inputs), (len(inputs), len(self.classes)))
         if not self._shares_familiarity():
             return logits, None
         score = getattr(self.learner, "familiarity", None)
-        return logits, np.zeros(len(inputs)) if score is None else score(inputs)
+        if score is None:
+            return logits, np.zeros(len(inputs))
+        ratios = _floats(score(inputs), (len(inputs),))
+        if not np.isfinite(ratios).all():
+            raise Rejected("nonfinite", "the model's familiarity is NaN or infinite")
+        return logits, ratios
 
     def protect(self, logits: Logits) -> Probs:
         """What may be shared: finite, bounded probabilities."""
         if not np.isfinite(logits).all():
             raise Rejected("nonfinite", "the model predicts NaN or infinity: lower its lr")
-        centred = logits - logits.mean(axis=1, keepdims=True)
+        # float64: the mean of finite float32 values may be beyond float32.
+        centred = logits - logits.mean(axis=1, keepdims=True, dtype=np.float64)
         extreme = np.abs(centred).max(axis=1, initial=0) > LARGEST_LOGIT
         if len(extreme) and extreme.mean() > 0.01:
             raise Rejected("extreme", f"{extreme.mean():.0%} of the rows have logits beyond 1e4")
@@ -204,21 +228,58 @@ class Site:
             "stamp": self.stamp,
             "upload": np.frombuffer(self.upload, dtype=np.uint8),
         }
-        store.save_state(self.path, arrays, {"run": self.run, "round": self.round})
+        refusal = self.refusal and [self.refusal.reason, self.refusal.detail]
+        facts = {"run": self.run, "round": self.round, "refusal": refusal}
+        store.save_state(self.path, arrays, facts)
 
-    def restore(self) -> str | None:
-        """Go on from the saved state; a note if an older generation had to be used."""
+    def restore(self, run: str, upcoming: int) -> str | None:
+        """Go on from the saved state; a note if an older generation had to be used.
+
+        Args:
+            run: the server's run.
+            upcoming: the round that the server will ask for next. A state beyond it (the server
+                lost its newest generation) could not answer, so the one before is taken.
+
+        Raises:
+            CheckpointError: both generations are damaged, or of another model.
+        """
         if self.path is None or not (self.path.exists() or store.previous(self.path).exists()):
             return None
         arrays, meta, note = store.load_state(self.path)
+        if meta["run"] == run and meta["round"] > upcoming:
+            if not store.previous(self.path).exists():
+                raise CheckpointError(
+                    f"the state of {self.client.id} is at round {meta['round']}, the server's at "
+                    f"{upcoming - 1}: put copies of one time back, or start in a new folder"
+                )
+            arrays, meta, _ = store.load_state(store.previous(self.path))
+            note = "state is ahead of the server's, the generation before it was used"
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
         if not hasattr(self.learner, "build"):
             store.same_names(learner, self.learner.state_dict(), self.client.id)
-        self.learner.load_state_dict(learner, self.client.data)
+        try:
+            self.learner.load_state_dict(learner, self.client.data)
+        except KeyError as missing:
+            raise CheckpointError(
+                f"the saved state of {self.client.id} belongs to another model (missing "
+                f"{missing.args[0]}): resume with the settings it was written with, or start in "
+                "a new folder"
+            ) from None
         self.targets, self.stamp = arrays["targets"], arrays["stamp"]
         self.upload = arrays["upload"].tobytes()
         self.run, self.round = meta["run"], meta["round"]
+        self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
         return f"{self.client.id}: {note}" if note else None
+
+
+def _floats(values: FloatArray, shape: tuple[int, ...]) -> FloatArray:
+    """What a model says, if it is floats of exactly this shape: no broadcasting, no objects."""
+    array = np.asarray(values)
+    if array.dtype.kind != "f":
+        raise Rejected("dtype", f"the model must predict floats, it predicts {array.dtype}")
+    if array.shape != shape:
+        raise Rejected("shape", f"the model must predict {shape}, it predicts {array.shape}")
+    return array
 
 
 def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:

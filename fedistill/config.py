@@ -209,6 +209,9 @@ class EvaluationSettings:
 
     baselines: tuple[str, ...] = setting((), "methods run on the same rows for comparison")
     leave_one_out: bool = setting(False, "also federate without each client and test on its rows")
+    every: int = setting(
+        1, "rounds between measurements of the clients; the last round always is", low=1
+    )
     repeats: int = setting(1, "seeds, counted up from seed; figures are mean and deviation", low=1)
 
 

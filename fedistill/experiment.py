@@ -208,10 +208,11 @@ def run_one(
         with show(name, settings.rounds) as watch:
             rows = federation.run(
                 settings.rounds, federated.dataset.test, out=folder, resume=resume,
-                progress=watch.advance,
+                measure_every=settings.evaluation.every, progress=watch.advance,
             )
+            fedavg = federation.fedavg_bytes()
             for row in rows:
-                watch.add(row)
+                watch.add(row | {"fedavg_bytes_per_client_round": fedavg})
         status = "done"
     except QuorumError:
         status = "failed:quorum"

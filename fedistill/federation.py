@@ -98,7 +98,7 @@ class Federation:
             self.classes,
             learner,
             self.method,
-            {client.id: bucket(len(client.data)) for client in self.clients},
+            {client.id: _declared(client, exchange) for client in self.clients},
             seed=seed,
             per_round=per_round,
             participation=participation,
@@ -116,6 +116,7 @@ class Federation:
         *,
         out: str | Path | None = None,
         resume: bool = False,
+        measure_every: int = 1,
         backend: Callable[[Mapping[str, Site]], Backend] = Serial,
         progress: Progress = lambda label, done, total: None,
     ) -> Iterator[Row]:
@@ -126,6 +127,8 @@ class Federation:
             test: common test rows, for the student and for clients without their own.
             out: folder for checkpoints and ``rounds.jsonl``; None keeps everything in memory.
             resume: go on from the checkpoint in ``out``.
+            measure_every: rounds between measurements of the clients, which cost a prediction of
+                all test rows by each; the first and the last round are always measured.
             backend: what runs the clients.
             progress: called with what is being done, how much of it is done, and of how much.
 
@@ -142,7 +145,8 @@ class Federation:
             plan, combined, tally = self._exchange(chosen, number, progress)
             progress("student", 0, 1)
             self.server.distil()
-            row = self._row(number, plan, combined, tally, test)
+            due = number in {1, rounds} or number % measure_every == 0
+            row = self._row(number, plan, combined, tally, test, self.sites if due else {})
             row["seconds"] = round(time.monotonic() - started, 3)
             self.history.append(row)
             self._checkpoint(folder)
@@ -175,11 +179,17 @@ class Federation:
         return self.server.combine(plan, tally.answers)
 
     def _row(
-        self, number: int, plan: Plan, combined: Combined, tally: Tally, test: Rows | None
+        self,
+        number: int,
+        plan: Plan,
+        combined: Combined,
+        tally: Tally,
+        test: Rows | None,
+        measured: Mapping[str, Site],
     ) -> Row:
         """The figures of a round, as they stand in ``rounds.jsonl``."""
         figures = measure_round(
-            self.sites, self.server.student, test, pooled=self.method.exchange == "rows"
+            measured, self.server.student, test, pooled=self.method.exchange == "rows"
         )
         return {
             "round": number,
@@ -239,9 +249,11 @@ class Federation:
         store.probe(folder / "checkpoint")
         path = folder / "checkpoint" / "server"
         if not resume:
+            self._forget(folder)
             return
         if not (path.exists() or store.previous(path).exists()):
             self.notes.append("nothing to resume: the run starts from its first round")
+            self._forget(folder)
             return
         arrays, facts, note = store.load_state(path)
         if facts["identity"] != self._identity():
@@ -253,8 +265,16 @@ class Federation:
         self.history = list(facts["history"])
         self.notes += [note] if note else []
         for site in self.sites.values():
-            told = site.restore()
+            told = site.restore(self.server.run, self.server.round + 1)
             self.notes += [told] if told else []
+        store.save_lines(folder / "rounds.jsonl", list(self.history))
+
+    def _forget(self, folder: Path) -> None:
+        """Take away what an earlier run left, the server's state first: it is what resumes."""
+        old = [folder / "checkpoint" / "server", folder / "rounds.jsonl"]
+        old += [site.path for site in self.sites.values() if site.path is not None]
+        for path in old:
+            store.remove(path)
 
     def _checkpoint(self, folder: Path | None) -> None:
         """Save the server first: ``rounds.jsonl`` is a view of what the checkpoint holds."""
@@ -271,6 +291,9 @@ class Federation:
             "method": self.method.name,
             "seed": str(self.seed),
             "proxy": self.proxy.fingerprint,
+            "proxy rows in a round": str(min(self.server.per_round, len(self.proxy))),
+            "classes": ",".join(self.classes),
+            "codec": self.method.codec,
             "clients": ",".join(f"{client.id}:{len(client.data)}" for client in self.clients),
         }
 
@@ -332,14 +355,22 @@ class Tally:
     def take(self, reply: Reply | Failure, server: Server) -> None:
         """Count a reply, and let it in or note why not."""
         self.heard += 1
+        # Who was not enrolled may call itself anything: its name is not for the log as it is.
+        name = reply.client if reply.client in server.enrolled else _code(reply.client)
         if isinstance(reply, Failure):
-            self.dropped[reply.client] = _code(reply.reason)
+            self.dropped[name] = _code(reply.reason)
             return
         self.bytes_up += len(reply.data) if self.travels else 0
         try:
             self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
         except Rejected as refusal:
-            self.dropped.setdefault(reply.client, refusal.reason)
+            self.dropped.setdefault(name, refusal.reason)
+
+
+def _declared(client: Client, exchange: str) -> int:
+    """Rows a client declares: rounded to a power of two, but for FedAvg, which weighs by them."""
+    rows = len(client.data)
+    return rows if exchange == "weights" else bucket(rows)
 
 
 def _code(reason: str) -> str:

@@ -94,7 +94,7 @@ METHODS: Mapping[str, Method] = {
             rule="distribution-weighted",
             memory=0.7,
             client={
-                "distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.5,
+                "distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.75,
                 "scarce_rows": 80,
             },
             student={
@@ -119,7 +119,7 @@ METHODS: Mapping[str, Method] = {
             paper="Itahara et al. 2020, arXiv 2008.06180",
             rule="sharpened",
             codec="float32",
-            client={"distil": "phase"},
+            client={"distil": "phase", "distil_epochs": 2},
         ),
         Method(
             name="feddf",
@@ -129,8 +129,10 @@ METHODS: Mapping[str, Method] = {
             rule="mean-logits",
             codec="float32",
             memory=1.0,
-            client={"distil": "phase"},
-            student={"optimizer": "adam", "lr": 1e-3, "schedule": "cosine"},
+            client={"distil": "phase", "distil_epochs": 2},
+            student={
+                "optimizer": "adam", "lr": 1e-3, "schedule": "cosine", "distil_epochs": 5,
+            },
         ),
         Method(
             name="local",

@@ -214,7 +214,9 @@ class Server:
         probs, familiarity = upload.decode()
         if not np.isfinite(probs).all():
             raise Rejected("nonfinite", "NaN or infinity among the predictions")
-        if probs.size and (probs.min() < 0 or np.abs(probs.sum(axis=1) - 1).max() > 1e-2):
+        if probs.size and (
+            probs.min() < 0 or probs.max() > 1.01 or np.abs(probs.sum(axis=1) - 1).max() > 1e-2
+        ):
             raise Rejected("not_probs", "rows must be non-negative and sum to 1")
         return probs, familiarity
 

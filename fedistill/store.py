@@ -26,6 +26,8 @@ from fedistill.types import State
 MAGIC = b"FDstate\n"
 SCHEMA = 1
 HEADER = len(MAGIC) + 2 + 32
+GROWS = "optimizer."
+"""Names of what a learner has only after its first step: a fresh one cannot list them."""
 
 
 def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> None:
@@ -83,6 +85,20 @@ def probe(folder: Path) -> None:
         test.unlink()
     except OSError as error:
         raise _cannot_write(folder, error) from None
+
+
+def remove(path: Path) -> None:
+    """Take a file and the generation before it away, durably.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        previous(path).unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
@@ -172,7 +188,8 @@ def same_names(saved: State, wanted: State, owner: str) -> None:
     Raises:
         CheckpointError: names or shapes differ.
     """
-    missing, extra = sorted(set(wanted) - set(saved)), sorted(set(saved) - set(wanted))
+    missing = sorted(set(wanted) - set(saved))
+    extra = sorted(name for name in set(saved) - set(wanted) if not name.startswith(GROWS))
     shapes = [
         f"{name} {list(saved[name].shape)} instead of {list(wanted[name].shape)}"
         for name in sorted(set(saved) & set(wanted))

@@ -15,24 +15,28 @@ from fedistill.errors import DataError
 from fedistill.types import FloatArray, IntArray
 
 SCALES = ("auto", "standard", "centred", "unit", "none")
+WILD = 4.0
+"""Standardised values beyond this many deviations say no more than that they are extreme."""
 AUTO = {"table": "standard", "image": "centred"}
 
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """``(filled - shift) / spread``, then the indicators.
+    """Fill gaps, add the indicators, then ``(filled - shift) / spread``, within limits.
 
     Attributes:
         fill: what stands in for a missing value, per column.
         shift: subtracted.
         spread: divided by.
         indicated: columns for which a 0/1 column "was missing" is added.
+        limit: largest absolute value of a scaled column.
     """
 
     fill: FloatArray
     shift: FloatArray
     spread: FloatArray
     indicated: IntArray
+    limit: float = np.inf
 
     @classmethod
     def fit(
@@ -55,21 +59,29 @@ class Scaler:
             )
         missing = np.isnan(public_inputs)
         fill = medians(public_inputs, missing)
-        filled = np.where(missing, fill, public_inputs).astype(np.float64)
-        shift, spread = _moments(filled, kind, AUTO[kind] if scale == "auto" else scale)
         share = missing.reshape(len(missing), -1).mean(axis=0)
-        return cls(fill, shift, spread, np.flatnonzero(share > indicators))
+        indicated = np.flatnonzero(share > indicators)
+        scale = AUTO[kind] if scale == "auto" else scale
+        filled = widen(public_inputs, fill, indicated).astype(np.float64)
+        shift, spread = _moments(filled, kind, scale)
+        return cls(fill, shift, spread, indicated, WILD if scale == "standard" else np.inf)
 
     def apply(self, inputs: FloatArray) -> FloatArray:
-        """Scaled float32 rows without gaps; indicators follow the columns, unscaled."""
-        missing = np.isnan(inputs)
-        filled = np.where(missing, self.fill, inputs) if missing.any() else inputs
+        """Scaled float32 rows without gaps, the indicators behind the other columns."""
         shift, spread = self.shift.astype(np.float32), self.spread.astype(np.float32)
-        scaled = ((filled - shift) / spread).astype(np.float32)
-        if not len(self.indicated):
-            return scaled
-        flags = missing[:, self.indicated].astype(np.float32)
-        return np.concatenate([scaled, flags], axis=1)
+        scaled = (widen(inputs, self.fill, self.indicated) - shift) / spread
+        if np.isfinite(self.limit):
+            scaled = scaled.clip(-self.limit, self.limit)
+        return scaled.astype(np.float32)
+
+
+def widen(inputs: FloatArray, fill: FloatArray, indicated: IntArray) -> FloatArray:
+    """Rows without gaps, with a 0/1 column for each of ``indicated``."""
+    missing = np.isnan(inputs)
+    filled = np.where(missing, fill, inputs) if missing.any() else inputs
+    if not len(indicated):
+        return filled
+    return np.concatenate([filled, missing[:, indicated].astype(np.float32)], axis=1)
 
 
 def medians(inputs: FloatArray, missing: npt.NDArray[np.bool_]) -> FloatArray:

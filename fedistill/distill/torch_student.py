@@ -309,10 +309,12 @@ def _copied(tensor: Tensor) -> FloatArray:
 
 
 def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer; biases and norms (vectors) are not decayed, as is usual."""
+    groups = [
+        {"params": [w for w in weights if w.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
+    ]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(
-            weights, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay,
-            foreach=True,
-        )
+        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, foreach=True)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(weights, recipe.lr, weight_decay=recipe.weight_decay, foreach=True)
+    return kind(groups, recipe.lr, foreach=True)

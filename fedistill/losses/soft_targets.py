@@ -46,7 +46,7 @@ def soft_cross_entropy(
         temperature: of the student's side.
     """
     logs = F.log_softmax(logits / temperature, dim=-1)
-    return -(weight * (targets * logs).sum(dim=-1)).sum()
+    return -(weight * (targets.detach() * logs).sum(dim=-1)).sum()
 
 
 def logit_mae(logits: Tensor, targets: Tensor) -> Tensor:
