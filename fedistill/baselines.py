@@ -22,11 +22,13 @@ from fedistill.wire.messages import Plan, RowSpec, Upload, bucket
 
 def flat_weights(student: TorchStudent) -> FloatArray:
     """All parameters and float buffers as one float32 vector."""
-    return np.concatenate([
-        tensor.detach().cpu().numpy().ravel().astype("<f4")
-        for tensor in student.module.state_dict().values()
-        if tensor.is_floating_point()
-    ])
+    return np.concatenate(
+        [
+            tensor.detach().cpu().numpy().ravel().astype("<f4")
+            for tensor in student.module.state_dict().values()
+            if tensor.is_floating_point()
+        ]
+    )
 
 
 def set_weights(student: TorchStudent, vector: FloatArray) -> None:
@@ -56,9 +58,16 @@ class FedAvgSite(Site):
         if not np.isfinite(weights).all():
             raise Rejected("nonfinite", "the weights are NaN or infinite: lower the lr")
         upload = Upload(
-            client=self.client.id, run=plan.run, round=plan.round, proxy=plan.proxy,
-            classes=plan.classes, share="weights" if len(labels) else "none", codec="float32",
-            shape=(1, len(weights)), size=bucket(len(labels)), payload=weights.tobytes(),
+            client=self.client.id,
+            run=plan.run,
+            round=plan.round,
+            proxy=plan.proxy,
+            classes=plan.classes,
+            share="weights" if len(labels) else "none",
+            codec="float32",
+            shape=(1, len(weights)),
+            size=bucket(len(labels)),
+            payload=weights.tobytes(),
         )
         self.upload = upload.to_bytes()
         self.run, self.round = plan.run, plan.round
@@ -72,9 +81,13 @@ class FedAvgServer(Server):
     def plan(self, number: int) -> Plan:
         """Who is asked, with the average's weights."""
         return Plan(
-            run=self.run, round=number, ask=RowSpec(0, number, 0, len(self.proxy)),
-            proxy=self.proxy.fingerprint, classes=fingerprint_classes(self.classes),
-            weights=flat_weights(self._student()).tobytes(), clients=self._participants(number),
+            run=self.run,
+            round=number,
+            ask=RowSpec(0, number, 0, len(self.proxy)),
+            proxy=self.proxy.fingerprint,
+            classes=fingerprint_classes(self.classes),
+            weights=flat_weights(self._student()).tobytes(),
+            clients=self._participants(number),
         )
 
     def check(self, data: bytes, plan: Plan, sender: str, seen: set[str]) -> Answer:
@@ -112,4 +125,3 @@ class FedAvgServer(Server):
             text = "fedavg needs a torch model at the server and the same one at every client"
             raise SettingsError([Problem("student.model", text)])
         return self.student
-

@@ -6,14 +6,11 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedistill.errors import FedistillError
-
-if TYPE_CHECKING:
-    from fedistill.config import Settings
 
 INTERRUPTED = 130
 
@@ -50,9 +47,7 @@ def run(
     changes = [*(overrides or [])]
     given = {"backend.name": backend, "rounds": rounds, "seed": seed}
     changes += [f"{key}={value}" for key, value in given.items() if value is not None]
-    summary = experiment.run(
-        file, overrides=changes, out=out, resume=resume, show=RoundTable
-    )
+    summary = experiment.run(file, overrides=changes, out=out, resume=resume, show=RoundTable)
     folder = Path(summary["folder"])
     typer.echo(f"report: {folder / 'report.html'}")
 

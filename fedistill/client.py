@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class Client:
     build: Callable[[], Any]
     data: Rows
     test: Rows | None = None
-    training: Recipe = Recipe()
+    training: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.id):
@@ -153,8 +153,10 @@ class Site:
         self.targets[rows], self.stamp[rows] = probs, plan.targets.spec.round
         taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
-            self.proxy.inputs[taught], self.targets[taught],
-            seed=self._seed(plan, "absorb"), weights=weights,
+            self.proxy.inputs[taught],
+            self.targets[taught],
+            seed=self._seed(plan, "absorb"),
+            weights=weights,
         )
 
     def train(self, plan: Plan) -> None:
@@ -296,4 +298,6 @@ def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str
 
 
 def _digest(row: FloatArray) -> bytes:
-    return hashlib.blake2b(np.ascontiguousarray(row, dtype="<f4").tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(
+        np.ascontiguousarray(row, dtype="<f4").tobytes(), digest_size=16
+    ).digest()

@@ -62,10 +62,14 @@ class DataSettings:
     test_rows: int | float = setting(
         0.2, "held-out test rows: a count, or a share of each site below 1", above=0
     )
-    label: str = setting("label", "csv and parquet: name or number (-1 is last) of the label column")
+    label: str = setting(
+        "label", "csv and parquet: name or number (-1 is last) of the label column"
+    )
     header: bool = setting(True, "csv: the first line names the columns")
     separator: str = setting(",", "csv: what separates the columns")
-    missing: str = setting("?", "csv: the text that stands for a missing value, beside the empty one")
+    missing: str = setting(
+        "?", "csv: the text that stands for a missing value, beside the empty one"
+    )
     zero_missing: tuple[str, ...] = setting(
         (), "names or numbers of columns in which 0 stands for a missing value"
     )
@@ -73,8 +77,11 @@ class DataSettings:
         (), "names or numbers of columns whose numbers are codes: a 0/1 column for each"
     )
     indicators: float = setting(
-        1.0, "add a 0/1 column for columns missing in more than this share of the public rows; "
-        "1: for none", low=0, high=1,
+        1.0,
+        "add a 0/1 column for columns missing in more than this share of the public rows; "
+        "1: for none",
+        low=0,
+        high=1,
     )
     drop: tuple[str, ...] = setting((), "csv and parquet: names or numbers of columns to leave out")
     positive_above: float | None = setting(
@@ -82,7 +89,7 @@ class DataSettings:
     )
     scale: str = setting(
         "auto",
-        "standard (mean 0, deviation 1), centred ([0,255] to [-1,1]), unit (largest value 1), none; "
+        "standard (mean 0, deviation 1), centred ([0,255] to [-1,1]), unit (largest is 1), none; "
         "statistics from public rows only; auto: standard for tables, centred for images",
         choices=SCALES,
     )
@@ -94,7 +101,9 @@ class ProxySettings:
 
     rows: int = setting(400, "proxy rows, drawn from the seed", low=1)
     per_round: int = setting(0, "rows asked in a round; 0: all of them", low=0)
-    path: str = setting("", "source of the proxy rows, as in [data] source; empty: drawn from the data")
+    path: str = setting(
+        "", "source of the proxy rows, as in [data] source; empty: drawn from the data"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +169,8 @@ class MethodSettings:
     sharpen: str | None = setting(None, "after the rule: none, era:TEMPERATURE or power:EXPONENT")
     temperature: float | None = setting(None, "temperature of the distillation loss", above=0)
     distil: str | None = setting(
-        None, "clients distil inside the local steps, in a phase before them, or never",
+        None,
+        "clients distil inside the local steps, in a phase before them, or never",
         choices=("inside", "phase", "never"),
     )
     distil_epochs: int | None = setting(None, "epochs of a distillation phase", low=1)
@@ -174,7 +184,9 @@ class MethodSettings:
 class StudentSettings:
     """The server's student, taught by soft targets alone; what is not set, the method decides."""
 
-    model: str | None = setting(None, "the kind of model; not set: that of [clients]", choices="models")
+    model: str | None = setting(
+        None, "the kind of model; not set: that of [clients]", choices="models"
+    )
     width: int = setting(128, "hidden units, or channels of a cnn", low=1)
     depth: int = setting(1, "hidden layers of an mlp", low=1, high=64)
     epochs: int | None = setting(None, "passes over the soft targets in a round", low=0)
@@ -271,7 +283,7 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "settings") ->
     if problems:
         problems.sort(key=lambda problem: problem.line or 0)
         raise SettingsError(problems, source)
-    assert settings is not None
+    assert isinstance(settings, Settings)
     return settings
 
 
@@ -325,7 +337,10 @@ def apply_override(raw: dict[str, Any], override: str, problems: list[Problem]) 
 
 
 def read_table(
-    kind: type[Any], raw: Mapping[str, Any], path: Path_, lines: Mapping[Path_, int],
+    kind: type[Any],
+    raw: Mapping[str, Any],
+    path: Path_,
+    lines: Mapping[Path_, int],
     problems: list[Problem],
 ) -> Any:
     """Build one settings dataclass from a raw table; problems are collected, not raised."""
@@ -386,15 +401,17 @@ def read_value(
 
 
 WORDS: Mapping[Any, str] = {
-    int: "a whole number", float: "a number", str: "a text", bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
 }
 
 
 def describe(value: Any) -> str:
     """A raw value as the message shows it: its kind, and the value if it is short."""
-    kind = {list: "a list", dict: "a table"}.get(type(value))
-    if kind:
-        return kind
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "a table"
     shown = f'"{value}"' if isinstance(value, str) else str(value).lower()
     return f"{WORDS.get(type(value), type(value).__name__)} ({shown[:40]})"
 
@@ -434,38 +451,52 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
     clients, proxy, method = settings.clients, settings.proxy, settings.method
     if proxy.per_round > proxy.rows and clients.partition != "file":
         yield problem(
-            "proxy.per_round", f"expected at most proxy.rows ({proxy.rows}), found {proxy.per_round}"
+            "proxy.per_round",
+            f"expected at most proxy.rows ({proxy.rows}), found {proxy.per_round}",
         )
     if clients.partition == "by-column" and not clients.column:
         yield problem("clients.column", "by-column needs the name of a column, found none")
     if clients.partition == "file" and not (clients.partition_path and clients.partition_key):
-        yield problem("clients.partition_path", "a file partition needs partition_path and "
-                      "partition_key, found neither or one")
+        yield problem(
+            "clients.partition_path",
+            "a file partition needs partition_path and partition_key, found neither or one",
+        )
     if clients.partition != "by-column":
         if clients.quorum > clients.count:
-            yield problem("clients.quorum",
-                          f"expected at most clients.count ({clients.count}), found {clients.quorum}")
+            yield problem(
+                "clients.quorum",
+                f"expected at most clients.count ({clients.count}), found {clients.quorum}",
+            )
         grouped = sum(group.count for group in clients.group)
         if grouped > clients.count:
-            yield problem("clients.group", f"the counts of the groups add up to {grouped}, "
-                          f"expected at most clients.count ({clients.count})")
+            yield problem(
+                "clients.group",
+                f"the counts of the groups add up to {grouped}, "
+                f"expected at most clients.count ({clients.count})",
+            )
     for number, group in enumerate(clients.group):
         if bool(group.count) == bool(group.sites):
-            yield Problem(f"clients.group.{number}", "expected count or sites, found "
-                          + ("both" if group.count else "neither"),
-                          lines.get(("clients", "group", number)))
+            yield Problem(
+                f"clients.group.{number}",
+                "expected count or sites, found " + ("both" if group.count else "neither"),
+                lines.get(("clients", "group", number)),
+            )
     if method.sharpen is not None and not re.fullmatch(
         r"none|(era|power):(\d+\.?\d*|\.\d+)", method.sharpen
     ):
-        yield problem("method.sharpen",
-                      f'expected none, era:0.1 or power:2, found "{method.sharpen}"')
+        yield problem(
+            "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
+        )
     for name in settings.evaluation.baselines:
         if name not in catalog.known("methods"):
-            yield problem("evaluation.baselines", f'unknown method "{name}"'
-                          + did_you_mean(name, catalog.known("methods")))
+            yield problem(
+                "evaluation.baselines",
+                f'unknown method "{name}"' + did_you_mean(name, catalog.known("methods")),
+            )
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", settings.backend.device):
-        yield problem("backend.device",
-                      f'expected auto, cpu or cuda, found "{settings.backend.device}"')
+        yield problem(
+            "backend.device", f'expected auto, cpu or cuda, found "{settings.backend.device}"'
+        )
 
 
 def dotted(path: Path_) -> str:

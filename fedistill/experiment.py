@@ -140,19 +140,22 @@ def run_repeats(
     summaries, histories = [], []
     for seed in range(settings.seed, settings.seed + settings.evaluation.repeats):
         once = dataclasses.replace(
-            settings, seed=seed,
+            settings,
+            seed=seed,
             evaluation=dataclasses.replace(settings.evaluation, repeats=1),
         )
         home = folder / f"seed-{seed}"
         summaries.append(run_seed(once, home, f"{name}, seed {seed}", resume=resume, show=show))
         histories.append(summaries[-1].pop("history"))
     summary = average(summaries) | {
-        "name": name, "seed": settings.seed, "repeats": len(summaries),
+        "name": name,
+        "seed": settings.seed,
+        "repeats": len(summaries),
         "seeds": [entry["seed"] for entry in summaries],
     }
-    store.save_lines(folder / "rounds.jsonl", [
-        average(rows) for rows in zip(*histories, strict=False)
-    ])
+    store.save_lines(
+        folder / "rounds.jsonl", [average(rows) for rows in zip(*histories, strict=False)]
+    )
     store.save_json(folder / "summary.json", summary)
     return summary
 
@@ -166,8 +169,13 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
     for baseline in settings.evaluation.baselines:
         home = folder / "baselines" / baseline
         others[baseline] = run_one(
-            settings, federated, preset(baseline), home, f"{name}, {baseline}",
-            resume=resume, show=show,
+            settings,
+            federated,
+            preset(baseline),
+            home,
+            f"{name}, {baseline}",
+            resume=resume,
+            show=show,
         )
     left_out: dict[str, Summary] = {}
     if settings.evaluation.leave_one_out:
@@ -207,8 +215,12 @@ def run_one(
     try:
         with show(name, settings.rounds) as watch:
             rows = federation.run(
-                settings.rounds, federated.dataset.test, out=folder, resume=resume,
-                measure_every=settings.evaluation.every, progress=watch.advance,
+                settings.rounds,
+                federated.dataset.test,
+                out=folder,
+                resume=resume,
+                measure_every=settings.evaluation.every,
+                progress=watch.advance,
             )
             fedavg = federation.fedavg_bytes()
             for row in rows:
@@ -221,7 +233,9 @@ def run_one(
         status = "failed"
         raise
     finally:
-        with contextlib.suppress(RunError if status != "done" else ()):
+        # A run that failed for want of disk cannot write its summary either: keep the first error.
+        ignored = [RunError] if status != "done" else []
+        with contextlib.suppress(*ignored):
             summary = summarise(federation, settings, federated, name, status)
             store.save_json(
                 folder / "summary.json", {k: v for k, v in summary.items() if k != "history"}
@@ -270,9 +284,14 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     clients = [
         Client(
             name,
-            student if chosen.exchange == "rows" else models.factory(
-                training[name].model, shape, classes,
-                width=training[name].width, depth=training[name].depth,
+            student
+            if chosen.exchange == "rows"
+            else models.factory(
+                training[name].model,
+                shape,
+                classes,
+                width=training[name].width,
+                depth=training[name].depth,
             ),
             part,
             federated.tests.get(name),
@@ -297,9 +316,7 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     )
 
 
-def student_factory(
-    settings: Settings, shape: tuple[int, ...], classes: int
-) -> Callable[[], Any]:
+def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) -> Callable[[], Any]:
     """The factory of the server's student: its own kind of model, or that of the clients."""
     wanted = settings.student.model or settings.clients.model
     kind = wanted if wanted in {"linear", "mlp", "lenet", "cnn"} else "mlp"

@@ -24,9 +24,10 @@ from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import CheckpointError, DataError, QuorumError, Rejected
 from fedistill.evaluate import measure_round
 from fedistill.models import parameter_count, pick_device
-from fedistill.presets import Method, method as preset
-from fedistill.server import Answer, Combined, Server
+from fedistill.presets import Method
+from fedistill.presets import method as preset
 from fedistill.seeding import derive
+from fedistill.server import Answer, Combined, Server
 from fedistill.types import ProxySet, Rows
 from fedistill.wire.messages import Failure, Plan, bucket
 
@@ -257,8 +258,9 @@ class Federation:
             return
         arrays, facts, note = store.load_state(path)
         if facts["identity"] != self._identity():
+            changed = _difference(facts["identity"], self._identity())
             raise CheckpointError(
-                f"{folder} holds a run with other settings ({_difference(facts['identity'], self._identity())}): "
+                f"{folder} holds a run with other settings ({changed}): "
                 "resume with the same settings, or choose another folder with --out"
             )
         self.server.load_state_dict(arrays, facts["server"])
@@ -399,8 +401,9 @@ def _check_clients(clients: Sequence[Client], classes: int) -> None:
             )
         unclean = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
         if len(unclean):
-            raise DataError(f"{client.id}: inputs must be finite, row {unclean[0]} is not: "
-                            "clean or impute it")
+            raise DataError(
+                f"{client.id}: inputs must be finite, row {unclean[0]} is not: clean or impute it"
+            )
 
 
 def _pooled(clients: Sequence[Client]) -> list[Client]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  (the name every torch reader knows)
+from torch.nn import functional as F
 
 from fedistill.errors import FedistillError
 
@@ -120,8 +120,13 @@ def gradient_boosting(seed: int = 0) -> Any:
     from sklearn.ensemble import GradientBoostingClassifier
 
     return GradientBoostingClassifier(
-        n_estimators=60, max_depth=2, learning_rate=0.05, min_samples_leaf=2, subsample=0.5,
-        max_features="sqrt", random_state=seed,
+        n_estimators=60,
+        max_depth=2,
+        learning_rate=0.05,
+        min_samples_leaf=2,
+        subsample=0.5,
+        max_features="sqrt",
+        random_state=seed,
     )
 
 

@@ -66,8 +66,10 @@ def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Itera
         ratio = 2 * fedavg / (up + down)
         yield f"          FedAvg would send {fedavg:,} each way: {ratio:.1f} times as much"
         if ratio < 1:
-            yield ("          WARNING: predictions cost more than weights here; lower "
-                   "proxy.per_round, or take a smaller codec")
+            yield (
+                "          WARNING: predictions cost more than weights here; lower "
+                "proxy.per_round, or take a smaller codec"
+            )
 
 
 def _notes(federated: Federated) -> Iterator[str]:

@@ -60,7 +60,11 @@ class Method:
     def client_recipe(self, base: Recipe) -> Recipe:
         """How a client trains under this method."""
         shares = wants(self.bound_rule()) if self.exchange == "predictions" else frozenset[str]()
-        changes = dict(self.client) | {"familiarity": "familiarity" in shares}
+        # Who asks for the classes seen combines p(x|y): clients then train free of their class mix.
+        changes = dict(self.client) | {
+            "familiarity": "familiarity" in shares,
+            "calibrate": "seen" in shares,
+        }
         return dataclasses.replace(base, **changes)
 
     def lesson(self, stamp: IntArray) -> tuple[IntArray, FloatArray]:
@@ -77,7 +81,15 @@ class Method:
     def student_recipe(self, base: Recipe, **own: Any) -> Recipe:
         """How the server's student trains: the method's choice, then what the user sets."""
         shared = {key: value for key, value in self.client.items() if key in SHARED}
-        changes = shared | dict(self.student) | {"distil": "phase", "familiarity": False}
+        changes = (
+            shared
+            | dict(self.student)
+            | {
+                "distil": "phase",
+                "familiarity": False,
+                "calibrate": False,
+            }
+        )
         return dataclasses.replace(base, **(changes | own))
 
 
@@ -94,12 +106,18 @@ METHODS: Mapping[str, Method] = {
             rule="distribution-weighted",
             memory=0.7,
             client={
-                "distil": "inside", "average": 0.95, "mixup": 1.0, "momentum": 0.75,
+                "distil": "inside",
+                "average": 0.95,
+                "mixup": 1.0,
+                "momentum": 0.75,
                 "scarce_rows": 80,
             },
             student={
-                "optimizer": "adam", "lr": 1e-3, "distil_epochs": 8, "mixup": 1.0,
-                "average": 0.98, "schedule": "cosine",
+                "optimizer": "adam",
+                "lr": 1e-3,
+                "momentum": 0.0,
+                "distil_epochs": 8,
+                "schedule": "cosine",
             },
         ),
         Method(
@@ -131,7 +149,10 @@ METHODS: Mapping[str, Method] = {
             memory=1.0,
             client={"distil": "phase", "distil_epochs": 2},
             student={
-                "optimizer": "adam", "lr": 1e-3, "schedule": "cosine", "distil_epochs": 5,
+                "optimizer": "adam",
+                "lr": 1e-3,
+                "schedule": "cosine",
+                "distil_epochs": 5,
             },
         ),
         Method(
@@ -180,8 +201,9 @@ def method(name: str, **changes: Any) -> Method:
     ]
     codec = changes.get("codec", chosen.codec)
     if codec not in CODECS:
-        problems.append(Problem("method.codec", f'unknown codec "{codec}"'
-                                + did_you_mean(codec, CODECS)))
+        problems.append(
+            Problem("method.codec", f'unknown codec "{codec}"' + did_you_mean(codec, CODECS))
+        )
     if problems:
         raise SettingsError(problems, "method")
     client = dict(chosen.client) | {k: v for k, v in changes.items() if k in training}

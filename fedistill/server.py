@@ -289,8 +289,10 @@ class Server:
             return
         rows, weights = self.method.lesson(self.stamp)
         self.student.absorb(
-            self.proxy.inputs[rows], self.table[rows],
-            seed=derive(self.seed, "server", self.round), weights=weights,
+            self.proxy.inputs[rows],
+            self.table[rows],
+            seed=derive(self.seed, "server", self.round),
+            weights=weights,
         )
 
     # --- state ---------------------------------------------------------------------------------
@@ -311,7 +313,9 @@ class Server:
             told = self.targets
             arrays["targets"] = np.frombuffer(told.payload, dtype=np.uint8)
             facts["targets"] = {
-                "round": told.spec.round, "codec": told.codec, "missing": list(told.missing)
+                "round": told.spec.round,
+                "codec": told.codec,
+                "missing": list(told.missing),
             }
         return arrays, facts
 
@@ -328,6 +332,9 @@ class Server:
         if "targets" in facts:
             told = facts["targets"]
             self.targets = Targets(
-                spec=self._ask(told["round"]), codec=told["codec"], classes=len(self.classes),
-                missing=tuple(told["missing"]), payload=arrays["targets"].tobytes(),
+                spec=self._ask(told["round"]),
+                codec=told["codec"],
+                classes=len(self.classes),
+                missing=tuple(told["missing"]),
+                payload=arrays["targets"].tobytes(),
             )

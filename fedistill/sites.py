@@ -55,7 +55,8 @@ def site_table(
         alone = (first.get("client_accuracy") or {}).get(site)
         if alone is not None:
             figures["first round"] = {
-                "accuracy": alone, "auc": (first.get("client_auc") or {}).get(site)
+                "accuracy": alone,
+                "auc": (first.get("client_auc") or {}).get(site),
             }
         cross = summary["cross"]
         figures |= _column("client", cross, site, site) | _column("student", cross, "student", site)
@@ -66,9 +67,7 @@ def site_table(
             figures |= _column("left-out student", left_out[site]["cross"], "student", site)
             if "local" in baselines:
                 figures |= _best_other(baselines["local"]["cross"], site)
-        table[site] = {
-            "rows": rows, "model": summary["models"].get(site, ""), "figures": figures
-        }
+        table[site] = {"rows": rows, "model": summary["models"].get(site, ""), "figures": figures}
     return table
 
 
@@ -100,11 +99,12 @@ def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if isinstance(first, Mapping):
             merged[key] = average([value for value in values if isinstance(value, Mapping)])
         elif _is_number(first) and all(_is_number(value) for value in values):
-            if len(set(values)) == 1:
+            numbers = np.array(values, dtype=np.float64)
+            if np.ptp(numbers) == 0:
                 merged[key] = first
             else:
-                merged[key] = float(np.mean(values))
-                merged[f"{key}_sd"] = float(np.std(values, ddof=1))
+                merged[key] = float(numbers.mean())
+                merged[f"{key}_sd"] = float(numbers.std(ddof=1))
         else:
             merged[key] = first
     return merged

@@ -94,8 +94,8 @@ def remove(path: Path) -> None:
         RunError: the folder cannot be written.
     """
     try:
-        path.unlink(missing_ok=True)
         previous(path).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         sync_folder(path.parent)
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -202,8 +202,9 @@ def same_names(saved: State, wanted: State, owner: str) -> None:
             f"other shape: {'; '.join(shapes[:4])}" if shapes else "",
         ]
         raise CheckpointError(
-            f"the saved state of {owner} belongs to another model ({'; '.join(filter(None, parts))}): "
-            "resume with the settings it was written with, or start in a new folder"
+            f"the saved state of {owner} belongs to another model "
+            f"({'; '.join(filter(None, parts))}): resume with the settings it was written with, "
+            "or start in a new folder"
         )
 
 

@@ -86,16 +86,15 @@ def check_rule(rule: Rule) -> None:
     _same(
         _probs(rule, half, f"{part}, float16"),
         _probs(rule, half | {"logits": half["logits"].astype(np.float64)}, part),
-        f"{part}, float16", within=1e-3,
+        f"{part}, float16",
+        within=1e-3,
     )
 
     turned = {name: value[[2, 0, 1]] for name, value in case.items()}
     _same(_probs(rule, turned, part), usual, f"{part}, clients in another order")
 
     classes = [2, 0, 1]
-    renamed = case | {
-        "logits": case["logits"][:, :, classes], "seen": case["seen"][:, classes]
-    }
+    renamed = case | {"logits": case["logits"][:, :, classes], "seen": case["seen"][:, classes]}
     _same(_probs(rule, renamed, part), usual[:, classes], f"{part}, classes renamed")
 
     agreed = case["logits"].argmax(axis=2)[0]
@@ -103,8 +102,10 @@ def check_rule(rule: Rule) -> None:
     united = case | {"logits": voices, "seen": np.ones_like(case["seen"])}
     found = _probs(rule, united, part).argmax(axis=1)
     expect(
-        bool((found == agreed).all()), f"{part}, unanimous clients",
-        f"the class they agree on {agreed.tolist()}", found.tolist(),
+        bool((found == agreed).all()),
+        f"{part}, unanimous clients",
+        f"the class they agree on {agreed.tolist()}",
+        found.tolist(),
     )
 
     muted = case | {"weights": np.array([1.0, 0.0, 0.5])}
@@ -112,9 +113,7 @@ def check_rule(rule: Rule) -> None:
     lied["logits"][1] = -lied["logits"][1]
     lied["familiarity"][1] += 1.0
     lied["sizes"][1] *= 4
-    _same(
-        _probs(rule, lied, part), _probs(rule, muted, part), f"{part}, a client of weight zero"
-    )
+    _same(_probs(rule, lied, part), _probs(rule, muted, part), f"{part}, a client of weight zero")
 
     silent = case | {"weights": np.tile(case["weights"][:, None], ROWS)}
     silent["weights"][:, 2] = 0.0
@@ -275,8 +274,11 @@ def check_learner(
 
     def make() -> Learner:
         return build_learner(
-            build, Recipe(epochs=2, batch_size=8, familiarity=True),
-            classes=classes, seed=1, background=public,
+            build,
+            Recipe(epochs=2, batch_size=8, familiarity=True),
+            classes=classes,
+            seed=1,
+            background=public,
         )
 
     def teach(learner: Learner, number: int) -> FloatArray:
@@ -305,8 +307,11 @@ def check_learner(
     expect(heard, f"{part}, soft targets", "other predictions than without", "the same")
 
     state = first.state_dict()
-    odd = [key for key, value in state.items() if not isinstance(value, np.ndarray)
-           or value.dtype.hasobject]
+    odd = [
+        key
+        for key, value in state.items()
+        if not isinstance(value, np.ndarray) or value.dtype.hasobject
+    ]
     expect(not odd, f"{part}, state", "arrays without objects", ", ".join(odd))
     saved = {key: value.copy() for key, value in state.items()}
     second = make()

@@ -34,14 +34,16 @@ def softmax(logits: Logits) -> Probs:
     """Softmax over the last axis in float64, shifted so that nothing overflows."""
     shifted = np.asarray(logits, dtype=np.float64)
     shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
+    probs: Probs = shifted / shifted.sum(axis=-1, keepdims=True)
+    return probs
 
 
 def log_softmax(logits: Logits) -> Logits:
     """Logarithm of :func:`softmax`, finite for finite logits."""
     shifted = np.asarray(logits, dtype=np.float64)
     shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    logs: Logits = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logs
 
 
 def spread(weights: FloatArray, rows: int) -> FloatArray:
@@ -53,13 +55,15 @@ def spread(weights: FloatArray, rows: int) -> FloatArray:
     if table.ndim == 1:
         table = np.repeat(table[:, None], rows, axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return table / table.sum(axis=0)
+        shares: FloatArray = table / table.sum(axis=0)
+    return shares
 
 
 def pool(probs: Probs, weights: FloatArray) -> Probs:
     """Linear pool: sum over clients of ``weights [clients, rows]`` times ``probs``."""
-    mixed = np.einsum("kr,krc->rc", weights, probs)
-    return mixed / mixed.sum(axis=-1, keepdims=True)
+    mixed: Probs = np.einsum("kr,krc->rc", weights, probs)
+    mixed /= mixed.sum(axis=-1, keepdims=True)
+    return mixed
 
 
 # --- rules -------------------------------------------------------------------------------------
@@ -128,7 +132,8 @@ def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Prob
         score = (share * probs).sum(axis=0) / share.sum(axis=0)
     score = np.where(share.sum(axis=0) > 0, score, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return score / score.sum(axis=-1, keepdims=True)
+        targets: Probs = score / score.sum(axis=-1, keepdims=True)
+    return targets
 
 
 def normalised_ratios(familiarity: FloatArray, weights: FloatArray) -> FloatArray:
@@ -146,7 +151,8 @@ def normalised_ratios(familiarity: FloatArray, weights: FloatArray) -> FloatArra
     asked = asked if asked.ndim == 2 else np.repeat(asked[:, None], ratio.shape[1], axis=1)
     count = np.maximum(asked.sum(axis=1, keepdims=True), 1)
     average = (ratio * asked).sum(axis=1, keepdims=True) / count
-    return ratio / np.where(average > 0, average, 1.0)
+    ratio /= np.where(average > 0, average, 1.0)
+    return ratio
 
 
 def distribution_weighted(

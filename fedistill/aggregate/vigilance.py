@@ -37,12 +37,16 @@ def flag_predictions(
     probs = np.array([predictions[name] for name in names], dtype=np.float64)
     said = probs
     if familiarity:
-        said = np.concatenate([probs, np.array([familiarity[n] for n in names])[:, :, None]], axis=2)
+        said = np.concatenate(
+            [probs, np.array([familiarity[n] for n in names])[:, :, None]], axis=2
+        )
     weights = np.ones(len(names))
     flags: dict[str, list[str]] = {}
     for index, name in enumerate(names):
         rows = probs[index]
-        twins = [n for n in range(len(names)) if n != index and np.array_equal(said[index], said[n])]
+        twins = [
+            n for n in range(len(names)) if n != index and np.array_equal(said[index], said[n])
+        ]
         if twins and len(rows) > 1:
             flags.setdefault(name, []).append("identical")
             weights[index] *= 0.5
@@ -58,7 +62,7 @@ def flag_predictions(
 
 
 class Vigilance:
-    """Who has not answered for how long. An inactive client is probed, and comes back by answering."""
+    """Who has not answered for how long; an inactive client is probed, and returns by answering."""
 
     def __init__(self) -> None:
         self.misses: dict[str, int] = {}

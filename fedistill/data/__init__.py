@@ -31,13 +31,15 @@ __all__ = [
 
 def digits(seed: int = 7, proxy_rows: int = 400, test_rows: int | float = 360) -> Dataset:
     """1,797 handwritten digits, 64 pixels in [0, 1], 10 classes."""
-    return load(DataSettings(source="digits", test_rows=test_rows),
-                ProxySettings(rows=proxy_rows), seed)
+    return load(
+        DataSettings(source="digits", test_rows=test_rows), ProxySettings(rows=proxy_rows), seed
+    )
 
 
-def breast_cancer(
-    seed: int = 7, proxy_rows: int = 100, test_rows: int | float = 0.2
-) -> Dataset:
+def breast_cancer(seed: int = 7, proxy_rows: int = 100, test_rows: int | float = 0.2) -> Dataset:
     """569 tumours, 30 measurements scaled by the public rows, malignant or benign."""
-    return load(DataSettings(source="breast-cancer", test_rows=test_rows),
-                ProxySettings(rows=proxy_rows), seed)
+    return load(
+        DataSettings(source="breast-cancer", test_rows=test_rows),
+        ProxySettings(rows=proxy_rows),
+        seed,
+    )

@@ -27,9 +27,7 @@ def read_breast_cancer(query: Query) -> Table:
     labels, _ = number_labels(found.target, lambda row: f"breast-cancer, row {row}")
     classes = tuple(str(name) for name in found.target_names)
     features = tuple(str(name) for name in found.feature_names)
-    return Table(
-        "breast-cancer", found.data.astype(np.float32), labels, classes, features=features
-    )
+    return Table("breast-cancer", found.data.astype(np.float32), labels, classes, features=features)
 
 
 def _datasets() -> Any:

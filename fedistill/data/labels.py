@@ -19,7 +19,9 @@ MOST_FRACTIONS = 50
 
 
 def number_labels(
-    values: npt.NDArray[Any], where: Where, positive_above: float | None = None,
+    values: npt.NDArray[Any],
+    where: Where,
+    positive_above: float | None = None,
     names: Sequence[str] = (),
 ) -> Labels:
     """Labels that already are class numbers from 0 (images, npz), checked row by row."""

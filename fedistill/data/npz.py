@@ -19,8 +19,16 @@ INPUTS = ("inputs", "images", "data", "x", "X")
 LABELS = ("labels", "y", "targets", "target")
 
 DAMAGE = (
-    ValueError, OSError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, OverflowError,
-    zipfile.BadZipFile, zlib.error,
+    ValueError,
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 """What a damaged archive can raise; RuntimeError: a byte claims encryption or a later version."""
 

@@ -33,9 +33,7 @@ def iid(rows: Rows, clients: int, seed: int) -> list[Rows]:
     return _take(rows, np.array_split(order, clients))
 
 
-def dirichlet(
-    rows: Rows, clients: int, alpha: float, seed: int, min_rows: int = 0
-) -> list[Rows]:
+def dirichlet(rows: Rows, clients: int, alpha: float, seed: int, min_rows: int = 0) -> list[Rows]:
     """Each class split in Dirichlet(alpha) shares: the smaller alpha, the more unequal.
 
     A client may get no row at all; it then takes part as a learner only.
@@ -141,9 +139,7 @@ def by_file(rows: Rows, path: str | Path, key: str) -> list[Rows]:
     return [rows.take(place[part]) for part in parts]
 
 
-def file_numbers(
-    path: str | Path, key: str, total: int = 2**31
-) -> tuple[list[IntArray], IntArray]:
+def file_numbers(path: str | Path, key: str, total: int = 2**31) -> tuple[list[IntArray], IntArray]:
     """Checked row numbers of each client, and of the public rows if there are any.
 
     Each row at most once over all of them; the file may leave rows out.
@@ -198,8 +194,10 @@ def _partition_file(path: str | Path) -> Path:
     for place in (Path(path), data_root("") / path):
         if place.is_file():
             return place
-    raise DataError(f"clients.partition_path: expected an npz file at {path}, found none: check "
-                    "the path, which starts at the current folder or at FEDISTILL_DATA")
+    raise DataError(
+        f"clients.partition_path: expected an npz file at {path}, found none: check "
+        "the path, which starts at the current folder or at FEDISTILL_DATA"
+    )
 
 
 def check_exactly_once(parts: Sequence[IntArray], total: int) -> None:

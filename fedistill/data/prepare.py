@@ -46,8 +46,13 @@ def prepare(
             f'unknown partition "{clients.partition}"{did_you_mean(clients.partition, PARTITIONS)}'
         )
     by_site = clients.partition == "by-column"
-    dataset = load(data, proxy, seed, clients if clients.partition == "file" else None,
-                   clients.column if by_site else "")
+    dataset = load(
+        data,
+        proxy,
+        seed,
+        clients if clients.partition == "file" else None,
+        clients.column if by_site else "",
+    )
     parts = PARTITIONS[clients.partition].deal(dataset.train, clients, seed)
     limited = {name: labelled(part, clients.labelled, seed, name) for name, part in parts.items()}
     own = dataset.test.site is not None and by_site
@@ -56,7 +61,10 @@ def prepare(
 
 
 def load(
-    data: DataSettings, proxy: ProxySettings, seed: int, from_file: ClientsSettings | None = None,
+    data: DataSettings,
+    proxy: ProxySettings,
+    seed: int,
+    from_file: ClientsSettings | None = None,
     column: str = "",
 ) -> Dataset:
     """Read the source; hold out test rows, then public rows; scale all by the public ones.

@@ -21,7 +21,7 @@ from fedistill.types import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class Memory:
-    """Soft targets on public rows: inputs ``[n, ...]``, targets ``[n, classes]``, weights ``[n]``."""
+    """Soft targets on public rows: ``[n, ...]`` inputs, ``[n, classes]`` targets, ``[n]`` weights."""
 
     inputs: Tensor
     targets: Tensor
@@ -62,8 +62,14 @@ class Batch:
         """The rows from ``start`` to ``stop``."""
         part = slice(start, stop)
         own = max(0, min(self.own, stop) - start)
-        return Batch(self.inputs[part], self.targets[part], self.weight[part],
-                     self.familiar[part], own, self.temperature)
+        return Batch(
+            self.inputs[part],
+            self.targets[part],
+            self.weight[part],
+            self.familiar[part],
+            own,
+            self.temperature,
+        )
 
 
 def local_batches(
@@ -96,11 +102,15 @@ def local_batches(
         contrast = generator(seed, "background").integers(0, len(background), (steps, size))
     for step, index in enumerate(own):
         yield _assemble(
-            inputs[index], targets[index],
-            None if soft is None or memory is None else
-            (memory.inputs[soft[step]], memory.targets[soft[step]]),
+            inputs[index],
+            targets[index],
+            None
+            if soft is None or memory is None
+            else (memory.inputs[soft[step]], memory.targets[soft[step]]),
             None if contrast is None or background is None else background[contrast[step]],
-            recipe, strength, generator(seed, "mix", step),
+            recipe,
+            strength,
+            generator(seed, "mix", step),
         )
 
 
@@ -144,8 +154,13 @@ def _assemble(
         weights.append(np.full(count, strength * temperature**2 / count))
         familiar.append(np.full(count, -1.0 / count if background is not None else 0.0))
         if recipe.mixup:
-            mixed, answers = mix(torch.cat(parts), torch.cat([targets, answers]),
-                                 recipe.batch_size, recipe.mixup, random)
+            mixed, answers = mix(
+                torch.cat(parts),
+                torch.cat([targets, answers]),
+                recipe.batch_size,
+                recipe.mixup,
+                random,
+            )
             parts.append(mixed)
             wanted.append(soften(answers, temperature))
             weights.append(np.full(len(mixed), strength * temperature**2 / len(mixed)))
@@ -156,8 +171,12 @@ def _assemble(
         weights.append(np.zeros(len(background)))
         familiar.append(np.full(len(background), -1.0 / len(background)))
     return Batch(
-        torch.cat(parts), torch.cat(wanted), _tensor(weights, device), _tensor(familiar, device),
-        own, recipe.temperature,
+        torch.cat(parts),
+        torch.cat(wanted),
+        _tensor(weights, device),
+        _tensor(familiar, device),
+        own,
+        recipe.temperature,
     )
 
 
@@ -179,8 +198,14 @@ def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Iterator[Batch]:
             )
         count, temperature = len(index), recipe.temperature
         weights = np.full(count, temperature**2 / count)
-        yield Batch(inputs, soften(targets, temperature), _tensor([weights], device),
-                    _tensor([np.zeros(count)], device), 0, temperature)
+        yield Batch(
+            inputs,
+            soften(targets, temperature),
+            _tensor([weights], device),
+            _tensor([np.zeros(count)], device),
+            0,
+            temperature,
+        )
 
 
 def mix(

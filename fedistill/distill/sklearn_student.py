@@ -89,14 +89,16 @@ class SklearnStudent:
             probs = np.zeros_like(probs)
             probs[:, np.asarray(self._model.classes_, dtype=np.int64)] = known
         probs = np.maximum(probs, FLOOR)
-        return np.log(probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
+        logits: Logits = np.log(probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
+        return logits
 
     def familiarity(self, inputs: FloatArray) -> FloatArray:
         """Log density ratio of own to proxy rows by a logistic regression, ``[rows]``."""
         if self._scorer is None:
             return np.zeros(len(inputs), dtype=np.float32)
         score = self._scorer.decision_function(_flat(inputs))
-        return np.clip(score, -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT).astype(np.float32)
+        limited: FloatArray = np.clip(score, -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT)
+        return limited.astype(np.float32)
 
     def state_dict(self) -> State:
         """The absorbed targets and the seed of the last fit."""
@@ -105,7 +107,8 @@ class SklearnStudent:
             "fitted": np.array([self._model is not None], dtype=np.uint8),
         }
         if self._inputs is not None and self._targets is not None:
-            state |= {"inputs": self._inputs, "targets": self._targets, "weights": self._weights}
+            state |= {"inputs": self._inputs, "targets": self._targets}
+            state["weights"] = self._weights
         return state
 
     def load_state_dict(self, state: State, rows: Rows) -> None:
@@ -139,7 +142,9 @@ class SklearnStudent:
         inputs = np.concatenate([_flat(rows.inputs), _flat(self.background)])
         own = np.repeat([1, 0], [len(rows), len(self.background)])
         share = np.where(own == 1, 0.5 / len(rows), 0.5 / len(self.background)) * 2 * len(rows)
-        self._scorer = LogisticRegression(C=0.1, max_iter=1000).fit(inputs, own, sample_weight=share)
+        self._scorer = LogisticRegression(C=0.1, max_iter=1000).fit(
+            inputs, own, sample_weight=share
+        )
 
 
 class _Constant:

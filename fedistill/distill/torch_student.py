@@ -150,9 +150,7 @@ class TorchStudent:
             if offset is not None:
                 logits = torch.cat([logits[: batch.own] + offset, logits[batch.own :]])
             if batch.temperature != 1.0:
-                logits = torch.cat(
-                    [logits[: batch.own], logits[batch.own :] / batch.temperature]
-                )
+                logits = torch.cat([logits[: batch.own], logits[batch.own :] / batch.temperature])
             total = soft_cross_entropy(logits, batch.targets, batch.weight)
             return total if self._scored is None else total + own_or_proxy(score, batch.familiar)
 
@@ -187,9 +185,9 @@ class TorchStudent:
         self._optimizer.state.clear()
         for name, value in named.items():
             if name.startswith("optimizer."):
-                _, index, key = name.split(".")
+                _, number, key = name.split(".")
                 home = value if key == "step" else value.to(self.device)
-                self._optimizer.state[weights[int(index)]][key] = home
+                self._optimizer.state[weights[int(number)]][key] = home
         self._steps = int(state["steps"][0])
 
     # --- training ------------------------------------------------------------------------------
@@ -205,9 +203,7 @@ class TorchStudent:
 
         self._train(list(soft_batches(memory, self.recipe, seed)), loss, seed)
 
-    def _train(
-        self, batches: list[Batch], loss: Callable[[Batch], Tensor], seed: int
-    ) -> None:
+    def _train(self, batches: list[Batch], loss: Callable[[Batch], Tensor], seed: int) -> None:
         """One optimizer step for each batch."""
         recipe = self.recipe
         weights = self._weights()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 SMALLEST = 1e-8
 """Targets are floored here before the logarithm; a float16 or label target may hold zeros."""

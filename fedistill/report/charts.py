@@ -32,22 +32,49 @@ def figures(run: Run) -> list[Figure]:
     if any(point.sd is not None for point in run.curve("student_accuracy")):
         accuracy += " Bands: ± one standard deviation over the repeats."
     drawn = [
-        both("accuracy", "Accuracy by round", accuracy, accuracy_series(run, "accuracy"),
-             "correct", words.percent),
-        both("auc", "Area under the curve by round", "AUC: 0.5 is a guess, 1 is perfect.",
-             accuracy_series(run, "auc"), "AUC", words.share),
+        both(
+            "accuracy",
+            "Accuracy by round",
+            accuracy,
+            accuracy_series(run, "accuracy"),
+            "correct",
+            words.percent,
+        ),
+        both(
+            "auc",
+            "Area under the curve by round",
+            "AUC: 0.5 is a guess, 1 is perfect.",
+            accuracy_series(run, "auc"),
+            "AUC",
+            words.share,
+        ),
     ]
     return [figure for figure in drawn if figure.wide]
 
 
-def both(ident: str, title: str, caption: str, series: list[Series], y_label: str,
-         y_format: Callable[[float], str]) -> Figure:
+def both(
+    ident: str,
+    title: str,
+    caption: str,
+    series: list[Series],
+    y_label: str,
+    y_format: Callable[[float], str],
+) -> Figure:
     """A line chart by round in both widths."""
 
     def draw(width: float, height: float, named: bool) -> str:
         return line_chart(
-            series, ident=f"{ident}-{width:g}", title=title, x_label="round", y_label=y_label,
-            x_format=_plain, y_format=y_format, width=width, height=height, least=0, most=1,
+            series,
+            ident=f"{ident}-{width:g}",
+            title=title,
+            x_label="round",
+            y_label=y_label,
+            x_format=_plain,
+            y_format=y_format,
+            width=width,
+            height=height,
+            least=0,
+            most=1,
             names_at_ends=named,
         )
 
@@ -66,8 +93,11 @@ def accuracy_series(run: Run, kind: str) -> list[Series]:
         if not points and (last := other.figure(f"student_{kind}")) is not None:
             points = (Point(1, last),)
         level = len(points) == 1 and len(run.rounds) > 1
-        series.append(Series(name, points, colour=2 + place % 5, dash=2 + place % 2,
-                             weight="thin", level=level))
+        series.append(
+            Series(
+                name, points, colour=2 + place % 5, dash=2 + place % 2, weight="thin", level=level
+            )
+        )
     return series
 
 
@@ -77,30 +107,69 @@ def agreement(run: Run) -> list[Figure]:
     guess = math.log(len(classes)) if isinstance(classes, list) and len(classes) > 1 else 0
     entropy = f"Mean entropy in nats: 0 is certain{f', {guess:.2f} is a guess' if guess else ''}."
     drawn = [
-        small("agreement", "Agreement with the soft targets",
-              "Share of proxy rows on which a client's first choice is that of the soft targets; "
-              "mean over clients.", run.curve("agreement"), 2, words.percent, most=1),
-        small("entropy", "How undecided the soft targets are", entropy,
-              run.curve("target_entropy"), 3, "{:.2f}".format),
+        small(
+            "agreement",
+            "Agreement with the soft targets",
+            "Share of proxy rows on which a client's first choice is that of the soft targets; "
+            "mean over clients.",
+            run.curve("agreement"),
+            2,
+            words.percent,
+            most=1,
+        ),
+        small(
+            "entropy",
+            "How undecided the soft targets are",
+            entropy,
+            run.curve("target_entropy"),
+            3,
+            "{:.2f}".format,
+        ),
     ]
     return [figure for figure in drawn if figure.wide]
 
 
 def budget(run: Run) -> list[Figure]:
     """The privacy loss by round, where there is one."""
-    figure = small("epsilon", "Privacy loss by round", "ε of the site that spent most.",
-                   run.curve("epsilon_max"), 4, "{:.3g}".format)
+    figure = small(
+        "epsilon",
+        "Privacy loss by round",
+        "ε of the site that spent most.",
+        run.curve("epsilon_max"),
+        4,
+        "{:.3g}".format,
+    )
     return [figure] if figure.wide else []
 
 
-def small(ident: str, title: str, caption: str, points: Sequence[Point], colour: int,
-          y_format: Callable[[float], str], most: float | None = None) -> Figure:
+def small(
+    ident: str,
+    title: str,
+    caption: str,
+    points: Sequence[Point],
+    colour: int,
+    y_format: Callable[[float], str],
+    most: float | None = None,
+) -> Figure:
     """A single line at half the page's width."""
-    return Figure(title, caption, line_chart(
-        [Series(title, points, colour=colour)], ident=ident, title=title, x_label="round",
-        y_label="", x_format=_plain, y_format=y_format, width=430, height=200, least=0, most=most,
-        names_at_ends=False,
-    ))
+    return Figure(
+        title,
+        caption,
+        line_chart(
+            [Series(title, points, colour=colour)],
+            ident=ident,
+            title=title,
+            x_label="round",
+            y_label="",
+            x_format=_plain,
+            y_format=y_format,
+            width=430,
+            height=200,
+            least=0,
+            most=most,
+            names_at_ends=False,
+        ),
+    )
 
 
 def traffic(run: Run) -> list[Figure]:
@@ -111,16 +180,31 @@ def traffic(run: Run) -> list[Figure]:
     down = run.figure("bytes_down_per_client_round")
     fedavg = run.figure("fedavg_bytes_per_client_round")
     bars = bar_chart(
-        [Bar("up, this run", up or 0, 0), Bar("up, FedAvg", fedavg or 0, 6),
-         Bar("down, this run", down or 0, 0), Bar("down, FedAvg", fedavg or 0, 6)],
-        ident="bytes", title="Bytes per client and round", value_format=words.human_bytes,
+        [
+            Bar("up, this run", up or 0, 0),
+            Bar("up, FedAvg", fedavg or 0, 6),
+            Bar("down, this run", down or 0, 0),
+            Bar("down, FedAvg", fedavg or 0, 6),
+        ],
+        ident="bytes",
+        title="Bytes per client and round",
+        value_format=words.human_bytes,
     )
     ours, theirs = cumulative(run), fedavg_cumulative(run)
     growing = line_chart(
-        [Series("this run", ours, colour=0, weight="bold"),
-         Series("FedAvg", theirs, colour=6, dash=1)],
-        ident="traffic", title="Bytes of the whole run", x_label="round", y_label="",
-        x_format=_plain, y_format=words.human_bytes, width=430, height=200, least=0,
+        [
+            Series("this run", ours, colour=0, weight="bold"),
+            Series("FedAvg", theirs, colour=6, dash=1),
+        ],
+        ident="traffic",
+        title="Bytes of the whole run",
+        x_label="round",
+        y_label="",
+        x_format=_plain,
+        y_format=words.human_bytes,
+        width=430,
+        height=200,
+        least=0,
     )
     drawn = [
         Figure("Per client and round", "What one client sends and receives in one round.", bars),
@@ -133,9 +217,11 @@ def cumulative(run: Run) -> tuple[Point, ...]:
     """Bytes sent until each round, both ways, all clients."""
     sums = accumulate(
         (number(row.get("bytes_up")) or 0) + (number(row.get("bytes_down")) or 0)
-        for row in run.rounds)
-    found = tuple(Point(float(row["round"]), total)
-                  for row, total in zip(run.rounds, sums, strict=True))
+        for row in run.rounds
+    )
+    found = tuple(
+        Point(float(row["round"]), total) for row, total in zip(run.rounds, sums, strict=True)
+    )
     return found if found and found[-1].y else ()
 
 
@@ -146,9 +232,11 @@ def fedavg_cumulative(run: Run) -> tuple[Point, ...]:
         return ()
     sums = accumulate(
         each * (2 * (number(row.get("clients_ok")) or 0) + (number(row.get("clients_failed")) or 0))
-        for row in run.rounds)
-    found = tuple(Point(float(row["round"]), total)
-                  for row, total in zip(run.rounds, sums, strict=True))
+        for row in run.rounds
+    )
+    found = tuple(
+        Point(float(row["round"]), total) for row, total in zip(run.rounds, sums, strict=True)
+    )
     return found if found and found[-1].y else ()
 
 
@@ -162,7 +250,10 @@ def attendance(run: Run) -> str:
         return ""
     return step_chart(
         [("upload used", 0, points["clients_ok"]), ("not used", 1, points["clients_failed"])],
-        ident="attendance", title="Clients in each round", x_label="round", y_label="clients",
+        ident="attendance",
+        title="Clients in each round",
+        x_label="round",
+        y_label="clients",
     )
 
 

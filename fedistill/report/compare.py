@@ -87,24 +87,67 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
         _words("split", [split(run) for run in runs]),
         _words("sites", [_sites(run) for run in runs]),
         _words("seed", [_seeds(run) for run in runs]),
-        _line("student", runs, lambda run: run.figure("student_accuracy"), words.percent,
-              sd="student_accuracy", digits=3),
-        _line("student AUC", runs, lambda run: run.figure("student_auc"), words.share,
-              sd="student_auc", digits=3),
-        _line("clients, mean", runs, lambda run: run.figure("client_accuracy_mean"), words.percent,
-              sd="client_accuracy_mean", digits=3),
-        _line("clients, least", runs, lambda run: run.figure("client_accuracy_min"), words.percent,
-              sd="client_accuracy_min", digits=3),
+        _line(
+            "student",
+            runs,
+            lambda run: run.figure("student_accuracy"),
+            words.percent,
+            sd="student_accuracy",
+            digits=3,
+        ),
+        _line(
+            "student AUC",
+            runs,
+            lambda run: run.figure("student_auc"),
+            words.share,
+            sd="student_auc",
+            digits=3,
+        ),
+        _line(
+            "clients, mean",
+            runs,
+            lambda run: run.figure("client_accuracy_mean"),
+            words.percent,
+            sd="client_accuracy_mean",
+            digits=3,
+        ),
+        _line(
+            "clients, least",
+            runs,
+            lambda run: run.figure("client_accuracy_min"),
+            words.percent,
+            sd="client_accuracy_min",
+            digits=3,
+        ),
         _words("rounds", [f"{len(run.rounds):,}" for run in runs]),
-        _line("up, client-round", runs, lambda run: run.figure("bytes_up_per_client_round"),
-              words.human_bytes, lowest=True, digits=0),
-        _line("down, client-round", runs, lambda run: run.figure("bytes_down_per_client_round"),
-              words.human_bytes, lowest=True, digits=0),
-        _line("saving vs FedAvg", runs, lambda run: headline.savings(run).total, words.times,
-              digits=2),
+        _line(
+            "up, client-round",
+            runs,
+            lambda run: run.figure("bytes_up_per_client_round"),
+            words.human_bytes,
+            lowest=True,
+            digits=0,
+        ),
+        _line(
+            "down, client-round",
+            runs,
+            lambda run: run.figure("bytes_down_per_client_round"),
+            words.human_bytes,
+            lowest=True,
+            digits=0,
+        ),
+        _line(
+            "saving vs FedAvg", runs, lambda run: headline.savings(run).total, words.times, digits=2
+        ),
         _words("privacy", [headline.epsilon(run) for run in runs]),
-        _line("time", runs, lambda run: run.total("seconds") or None, words.duration, lowest=True,
-              digits=1),
+        _line(
+            "time",
+            runs,
+            lambda run: run.total("seconds") or None,
+            words.duration,
+            lowest=True,
+            digits=1,
+        ),
     ]
     kept = tuple(line for line in lines if any(e.text != words.MISSING for e in line.entries))
     return Comparison(runs, _labels(runs), kept, tuple(_cautions(runs)))
@@ -146,12 +189,19 @@ def write_comparison(paths: Sequence[str | Path], out: str | Path) -> Path:
         RunError: one of the paths is no run, or the page cannot be written.
     """
     comparison = compare(paths)
-    content = fill("compare.html", {
-        "safe": Markup, "name": "comparison", "labels": comparison.labels,
-        "lines": comparison.shown, "wide": comparison.wide, "shared": comparison.shared,
-        "cautions": comparison.cautions,
-        "figures": figures(comparison),
-    })
+    content = fill(
+        "compare.html",
+        {
+            "safe": Markup,
+            "name": "comparison",
+            "labels": comparison.labels,
+            "lines": comparison.shown,
+            "wide": comparison.wide,
+            "shared": comparison.shared,
+            "cautions": comparison.cautions,
+            "figures": figures(comparison),
+        },
+    )
     return write(Path(out), content)
 
 
@@ -161,17 +211,24 @@ def figures(comparison: Comparison) -> list[Figure]:
     for place, (run, label) in enumerate(zip(comparison.runs, comparison.labels, strict=True)):
         points = run.curve("student_accuracy") or run.curve("client_accuracy_mean")
         sent = {point.x: point.y for point in charts.cumulative(run)}
-        one = Series(clean(label, 28), points, colour=place % COLOURS,
-                     dash=place // COLOURS % len(DASHES))
+        one = Series(
+            clean(label, 28), points, colour=place % COLOURS, dash=place // COLOURS % len(DASHES)
+        )
         by_round.append(one)
-        by_bytes.append(replace(one, points=tuple(
-            Point(sent[p.x], p.y, p.sd) for p in points if sent.get(p.x))))
+        by_bytes.append(
+            replace(one, points=tuple(Point(sent[p.x], p.y, p.sd) for p in points if sent.get(p.x)))
+        )
     students = any(run.curve("student_accuracy") for run in comparison.runs)
     who = "student (of the clients, where there is none)" if students else "clients, on average"
     drawn = [
-        charts.both("rounds", "Accuracy by round",
-                    f"Accuracy of the {who}. A run whose line ends early had fewer rounds.",
-                    by_round, "correct", words.percent),
+        charts.both(
+            "rounds",
+            "Accuracy by round",
+            f"Accuracy of the {who}. A run whose line ends early had fewer rounds.",
+            by_round,
+            "correct",
+            words.percent,
+        ),
         _by_bytes(by_bytes),
     ]
     return [figure for figure in drawn if figure.wide]
@@ -182,10 +239,12 @@ def split(run: Run) -> str:
     clients = run.setting("clients")
     table = clients if isinstance(clients, dict) else {}
     kind = clean(table.get("partition") or "", 24)
-    detail = {"dirichlet": f"α={clean(table.get('alpha'), 8)}",
-              "shards": f"{clean(table.get('classes_per_client'), 8)} each",
-              "by-column": clean(table.get("column") or "", 24),
-              "file": clean(table.get("partition_key") or "", 24)}.get(kind, "")
+    detail = {
+        "dirichlet": f"α={clean(table.get('alpha'), 8)}",
+        "shards": f"{clean(table.get('classes_per_client'), 8)} each",
+        "by-column": clean(table.get("column") or "", 24),
+        "file": clean(table.get("partition_key") or "", 24),
+    }.get(kind, "")
     return f"{kind} {detail}".strip()
 
 
@@ -194,9 +253,18 @@ def _by_bytes(series: list[Series]) -> Figure:
 
     def draw(width: float, height: float, named: bool) -> str:
         return line_chart(
-            series, ident=f"sent-{width:g}", title=title, y_label="correct", log_x=True,
-            x_label="bytes sent so far, all clients, both ways (logarithmic)", least=0, most=1,
-            x_format=words.round_bytes, y_format=words.percent, width=width, height=height,
+            series,
+            ident=f"sent-{width:g}",
+            title=title,
+            y_label="correct",
+            log_x=True,
+            x_label="bytes sent so far, all clients, both ways (logarithmic)",
+            least=0,
+            most=1,
+            x_format=words.round_bytes,
+            y_format=words.percent,
+            width=width,
+            height=height,
             names_at_ends=named,
         )
 
@@ -208,8 +276,16 @@ def _words(name: str, texts: Sequence[str]) -> Line:
     return Line(name, tuple(Entry(text or words.MISSING) for text in texts))
 
 
-def _line(name: str, runs: Sequence[Run], value: Callable[[Run], float | None],
-          form: Callable[..., str], *, digits: int, lowest: bool = False, sd: str = "") -> Line:
+def _line(
+    name: str,
+    runs: Sequence[Run],
+    value: Callable[[Run], float | None],
+    form: Callable[..., str],
+    *,
+    digits: int,
+    lowest: bool = False,
+    sd: str = "",
+) -> Line:
     """A line of figures; the best are marked where they are known of several and not all equal.
 
     Having sent nothing is no merit: zero is never the lowest.
@@ -220,9 +296,13 @@ def _line(name: str, runs: Sequence[Run], value: Callable[[Run], float | None],
     marked = len(known) > 1 and any(v != best for v in known)
     spreads = [number(run.summary.get(f"{sd}_sd")) if sd else None for run in runs]
     texts = [form(v) if s is None else form(v, s) for v, s in zip(found, spreads, strict=True)]
-    return Line(name, tuple(
-        Entry(text, marked and v is not None and round(v, digits) == best)
-        for text, v in zip(texts, found, strict=True)))
+    return Line(
+        name,
+        tuple(
+            Entry(text, marked and v is not None and round(v, digits) == best)
+            for text, v in zip(texts, found, strict=True)
+        ),
+    )
 
 
 def _mark(entry: Entry) -> Text:
@@ -232,10 +312,14 @@ def _mark(entry: Entry) -> Text:
 def _labels(runs: Sequence[Run]) -> tuple[str, ...]:
     """A label per run: its name, with the folder and then a number where names are shared."""
     names = [run.name for run in runs]
-    folders = [f"{name} ({clean(run.path.resolve().name, 24)})" if names.count(name) > 1 else name
-               for run, name in zip(runs, names, strict=True)]
-    return tuple(f"{label} {place}" if folders.count(label) > 1 else label
-                 for place, label in enumerate(folders, start=1))
+    folders = [
+        f"{name} ({clean(run.path.resolve().name, 24)})" if names.count(name) > 1 else name
+        for run, name in zip(runs, names, strict=True)
+    ]
+    return tuple(
+        f"{label} {place}" if folders.count(label) > 1 else label
+        for place, label in enumerate(folders, start=1)
+    )
 
 
 def _cautions(runs: Sequence[Run]) -> list[str]:
@@ -247,12 +331,15 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
         ("seed", _seeds),
         ("data", lambda run: clean(run.setting("data", "source") or "")),
     ]
-    differing = [name for name, value in checks
-                 if len({found for run in runs if (found := value(run))}) > 1]
+    differing = [
+        name for name, value in checks if len({found for run in runs if (found := value(run))}) > 1
+    ]
     if not differing:
         return []
-    return [f"The runs differ in more than the method: {', '.join(differing)}. "
-            "A difference in accuracy may come from there."]
+    return [
+        f"The runs differ in more than the method: {', '.join(differing)}. "
+        "A difference in accuracy may come from there."
+    ]
 
 
 def _sites(run: Run) -> str:

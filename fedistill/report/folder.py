@@ -13,8 +13,15 @@ from fedistill.errors import FedistillError, RunError
 from fedistill.report.words import clean, number
 
 NUMBERS = (
-    "student_accuracy", "client_accuracy_mean", "client_accuracy_min", "bytes_up", "bytes_down",
-    "clients_ok", "clients_failed", "epsilon_max", "seconds",
+    "student_accuracy",
+    "client_accuracy_mean",
+    "client_accuracy_min",
+    "bytes_up",
+    "bytes_down",
+    "clients_ok",
+    "clients_failed",
+    "epsilon_max",
+    "seconds",
 )
 """The keys of a round that are binding; each holds a number or null, or is left out."""
 
@@ -108,8 +115,13 @@ def read_run(path: str | Path) -> Run:
     baselines = _read_many(sorted((folder / "baselines").glob("*/")), remarks)
     repeats = _read_many(sorted(folder.glob("seed-*/"), key=_seed), remarks)
     return Run(
-        path=folder, rounds=run.rounds, summary=run.summary, config=run.config,
-        baselines=baselines, repeats=tuple(repeats.values()), remarks=tuple(remarks),
+        path=folder,
+        rounds=run.rounds,
+        summary=run.summary,
+        config=run.config,
+        baselines=baselines,
+        repeats=tuple(repeats.values()),
+        remarks=tuple(remarks),
     )
 
 
@@ -129,8 +141,11 @@ def _read_alone(folder: Path) -> Run:
     remarks: list[str] = []
     rounds = _read_rounds(folder / "rounds.jsonl", remarks)
     return Run(
-        path=folder, rounds=rounds, summary=_read_summary(folder / "summary.json", remarks),
-        config=_read_config(folder / "config.toml", remarks), remarks=tuple(remarks),
+        path=folder,
+        rounds=rounds,
+        summary=_read_summary(folder / "summary.json", remarks),
+        config=_read_config(folder / "config.toml", remarks),
+        remarks=tuple(remarks),
     )
 
 
@@ -192,11 +207,15 @@ def _read_summary(path: Path, remarks: list[str]) -> Mapping[str, Any]:
     try:
         summary = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
-        raise RunError(f"{path}: expected JSON, found a fault in line {error.lineno}: "
-                       "take the file from the run again") from None
+        raise RunError(
+            f"{path}: expected JSON, found a fault in line {error.lineno}: "
+            "take the file from the run again"
+        ) from None
     if not isinstance(summary, dict):
-        raise RunError(f"{path}: expected a JSON object, found {type(summary).__name__}: "
-                       "take the file from the run again")
+        raise RunError(
+            f"{path}: expected a JSON object, found {type(summary).__name__}: "
+            "take the file from the run again"
+        )
     return summary
 
 
@@ -215,5 +234,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: expected a readable UTF-8 file, found {type(error).__name__}: "
-                       "check its permissions, or take it from the run again") from None
+        raise RunError(
+            f"{path}: expected a readable UTF-8 file, found {type(error).__name__}: "
+            "check its permissions, or take it from the run again"
+        ) from None

@@ -65,11 +65,15 @@ def lead(run: Run) -> str:
     rows, asked = run.figure("proxy_rows"), run.figure("proxy_per_round")
     if rows and shares_predictions(run):
         part = f", {asked:,.0f} of them in each round" if asked and asked < rows else ""
-        said.append(f"The sites kept their own rows and shared only predictions on "
-                    f"{rows:,.0f} proxy rows{part}.")
+        said.append(
+            f"The sites kept their own rows and shared only predictions on "
+            f"{rows:,.0f} proxy rows{part}."
+        )
     if run.repeats:
-        said.append(f"Figures are means over {words.count(len(run.repeats), 'repeat')} with "
-                    "different seeds; ± and bands are one standard deviation.")
+        said.append(
+            f"Figures are means over {words.count(len(run.repeats), 'repeat')} with "
+            "different seeds; ± and bands are one standard deviation."
+        )
     return " ".join(said)
 
 
@@ -84,15 +88,31 @@ def tiles(run: Run) -> list[Tile]:
     auc = run.figure("student_auc")
     ratio = saving if saving is None or saving >= 1 else 1 / saving
     return [
-        Tile("Student", words.percent(run.figure("student_accuracy")),
-             _spread(run, "student_accuracy") + "correct on the test rows"
-             + (f"; AUC {auc:.3f}" if auc is not None else "")),
+        Tile(
+            "Student",
+            words.percent(run.figure("student_accuracy")),
+            _spread(run, "student_accuracy")
+            + "correct on the test rows"
+            + (f"; AUC {auc:.3f}" if auc is not None else ""),
+        ),
         Tile("Clients, mean", words.percent(mean), _spread(run, "client_accuracy_mean") + context),
-        Tile("Bytes against FedAvg", words.times(ratio),
-             _no_saving(run) if saving is None else "fewer, both ways together" if saving >= 1
-             else "MORE, both ways together", bad=saving is not None and saving < 1),
-        Tile("Privacy", epsilon(run), privacy(run) if run.figure("epsilon_max") is None
-             else "spent by the site that spent most"),
+        Tile(
+            "Bytes against FedAvg",
+            words.times(ratio),
+            _no_saving(run)
+            if saving is None
+            else "fewer, both ways together"
+            if saving >= 1
+            else "MORE, both ways together",
+            bad=saving is not None and saving < 1,
+        ),
+        Tile(
+            "Privacy",
+            epsilon(run),
+            privacy(run)
+            if run.figure("epsilon_max") is None
+            else "spent by the site that spent most",
+        ),
     ]
 
 
@@ -132,14 +152,18 @@ def warnings(run: Run) -> list[str]:
     if status.startswith("failed"):
         reason = status.partition(":")[2].strip()
         why = {"quorum": "too few usable uploads"}.get(reason, reason)
-        said.append(f"The run failed{f': {why}' if why else ''}. "
-                    "The figures are those of the last finished round.")
+        said.append(
+            f"The run failed{f': {why}' if why else ''}. "
+            "The figures are those of the last finished round."
+        )
     elif status == "interrupted" or not run.summary:
         said.append("The run did not finish. The figures are those of the last finished round.")
     saved = savings(run)
     if saved.total is not None and saved.total < 1:
-        said.append(f"This run sent {words.against_fedavg(saved.total)} for the same student. "
-                    "Fewer proxy rows, a smaller codec or fewer rows per round would change that.")
+        said.append(
+            f"This run sent {words.against_fedavg(saved.total)} for the same student. "
+            "Fewer proxy rows, a smaller codec or fewer rows per round would change that."
+        )
     else:
         for way, value in (("up", saved.up), ("down", saved.down)):
             if value is not None and value < 1:

@@ -89,10 +89,21 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What identifies the run and what it ran on."""
-    keys = ["seed", "method", "rule", "codec", "backend", "status", "proxy_sha256",
-            "soft_targets_sha256"][1 if run.repeats else 0:]
-    found = [(key.replace("_", " "), clean(value, 80)) for key in keys
-             if (value := run.summary.get(key)) is not None]
+    keys = [
+        "seed",
+        "method",
+        "rule",
+        "codec",
+        "backend",
+        "status",
+        "proxy_sha256",
+        "soft_targets_sha256",
+    ][1 if run.repeats else 0 :]
+    found = [
+        (key.replace("_", " "), clean(value, 80))
+        for key in keys
+        if (value := run.summary.get(key)) is not None
+    ]
     seconds = run.total("seconds")
     found += [("time", words.duration(seconds))] if seconds else []
     if run.repeats:
@@ -101,13 +112,16 @@ def facts(run: Run) -> list[tuple[str, str]]:
     names = run.summary.get("classes")
     if isinstance(names, list) and names:
         found.append(("classes", clean(", ".join(clean(name, 24) for name in names[:40]), 300)))
-    return found + [(clean(name, 40), clean(version, 40))
-                    for name, version in list(run.table("versions").items())[:40]]
+    return found + [
+        (clean(name, 40), clean(version, 40))
+        for name, version in list(run.table("versions").items())[:40]
+    ]
 
 
 def _is_table(value: object) -> bool:
     return isinstance(value, Mapping) or (
-        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping))
+        isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    )
 
 
 def _value(value: object) -> str:

@@ -57,8 +57,14 @@ class RoundTable:
             row may carry it as ``fedavg_bytes_per_client_round`` instead.
     """
 
-    def __init__(self, title: str, rounds: int, console: Console | None = None, *,
-                 fedavg_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        title: str,
+        rounds: int,
+        console: Console | None = None,
+        *,
+        fedavg_bytes: int | None = None,
+    ) -> None:
         self.title = clean(title, 100)
         self.rounds = rounds
         self.console = console or Console()
@@ -75,13 +81,22 @@ class RoundTable:
         self._print(Text(self.title, style="bold"))
         self._print(Text(head(self._columns), style="dim"))
         if self._moving:
-            self._live = Live(Text(), console=self.console, auto_refresh=False, transient=True,
-                              vertical_overflow="crop")
+            self._live = Live(
+                Text(),
+                console=self.console,
+                auto_refresh=False,
+                transient=True,
+                vertical_overflow="crop",
+            )
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             live, self._live = self._live, None
             live.stop()
@@ -97,8 +112,10 @@ class RoundTable:
         current = int(number(self._last.get("round")) or 0) + 1
         filled = round(BAR * min(done / total, 1)) if total > 0 else 0
         line = Text.assemble(
-            (f"{min(current, self.rounds)}/{self.rounds}".rjust(7), "bold"), "  ",
-            ("━" * filled, "cyan"), ("━" * (BAR - filled), "bright_black"),
+            (f"{min(current, self.rounds)}/{self.rounds}".rjust(7), "bold"),
+            "  ",
+            ("━" * filled, "cyan"),
+            ("━" * (BAR - filled), "bright_black"),
             f"  {clean(label, 32)} {done} of {total}",
             (f"  {words.duration(now - self._began)}", "dim"),
         )
@@ -128,8 +145,11 @@ class RoundTable:
         """The last line: how long, how good, how many bytes, and how many FedAvg would send."""
         row = self._last
         rounds = words.count(self._finished, "round")
-        parts = [("stopped after " if cut_short else "") + rounds
-                 + f" in {words.duration(time.monotonic() - self._began)}"]
+        parts = [
+            ("stopped after " if cut_short else "")
+            + rounds
+            + f" in {words.duration(time.monotonic() - self._began)}"
+        ]
         if (student := number(row.get("student_accuracy"))) is not None:
             parts.append(f"student {words.percent(student)}")
         if (mean := number(row.get("client_accuracy_mean"))) is not None:
@@ -138,8 +158,10 @@ class RoundTable:
         sent = f"sent {words.human_bytes(self._sent)}"
         if self.fedavg_bytes and self._messages and self._sent:
             theirs = self.fedavg_bytes * self._messages
-            sent += (f"; FedAvg would send {words.human_bytes(theirs)}: "
-                     f"{words.against_fedavg(theirs / self._sent)}")
+            sent += (
+                f"; FedAvg would send {words.human_bytes(theirs)}: "
+                f"{words.against_fedavg(theirs / self._sent)}"
+            )
         return " · ".join([*parts, sent])
 
     def _left(self) -> float | None:

@@ -15,7 +15,10 @@ def fill(template: str, values: Mapping[str, Any]) -> str:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
         loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text("utf-8")),
     )
     return environment.get_template(template).render(values)

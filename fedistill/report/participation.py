@@ -42,8 +42,13 @@ def incidents(run: Run) -> tuple[list[Incident], int]:
                     found[kind, str(client), code].append(row["round"])
     ordered = sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]), item[0]))
     lines = [
-        Incident(clean(client, 40), "dropped" if kind == "dropped" else "flagged", clean(code, 40),
-                 REASONS.get(code, ""), clean(ranges(rounds), 60))
+        Incident(
+            clean(client, 40),
+            "dropped" if kind == "dropped" else "flagged",
+            clean(code, 40),
+            REASONS.get(code, ""),
+            clean(ranges(rounds), 60),
+        )
         for (kind, client, code), rounds in ordered
     ]
     return lines[:MOST], max(0, len(lines) - MOST)
@@ -58,8 +63,10 @@ def sentence(run: Run) -> str:
     short = sum((number(row.get("clients_failed")) or 0) > 0 for row in run.rounds)
     if used == asked:
         return f"All {count(asked, 'upload')} were used."
-    return (f"{used:,} of {count(asked, 'upload')} were used; "
-            f"{short:,} of {count(len(run.rounds), 'round')} went on without a client.")
+    return (
+        f"{used:,} of {count(asked, 'upload')} were used; "
+        f"{short:,} of {count(len(run.rounds), 'round')} went on without a client."
+    )
 
 
 def _codes(value: object) -> Iterable[str]:

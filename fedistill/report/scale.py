@@ -25,8 +25,13 @@ class Axis:
 
 
 def linear(
-    values: Iterable[float], *, count: int = 5, least: float | None = None,
-    most: float | None = None, whole: bool = False, tight: bool = False,
+    values: Iterable[float],
+    *,
+    count: int = 5,
+    least: float | None = None,
+    most: float | None = None,
+    whole: bool = False,
+    tight: bool = False,
 ) -> Axis:
     """A linear axis around the values, its ends on round numbers unless ``tight``.
 

@@ -11,8 +11,16 @@ from fedistill.report.bars import sparkline
 from fedistill.report.folder import Run
 from fedistill.report.words import clean, number
 
-ORDER = ("local", "first round", "client", "student", "left-out student", "best single other",
-         "fedavg", "centralised")
+ORDER = (
+    "local",
+    "first round",
+    "client",
+    "student",
+    "left-out student",
+    "best single other",
+    "fedavg",
+    "centralised",
+)
 """Columns in the order of reading; others follow."""
 MEANING: Mapping[str, str] = {
     "local": "alone, with as much training",
@@ -90,9 +98,16 @@ def site_tables(run: Run) -> list[SiteTable]:
     return [table for table in tables if table.columns]
 
 
-def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
-           sparks: Mapping[str, str], form: Callable[[float | None], str],
-           scale: float, digits: int, unit: str) -> SiteTable:
+def _table(
+    title: str,
+    metric: str,
+    sites: Mapping[str, Mapping[str, Any]],
+    sparks: Mapping[str, str],
+    form: Callable[[float | None], str],
+    scale: float,
+    digits: int,
+    unit: str,
+) -> SiteTable:
     figures = {name: _figures(site, metric) for name, site in sites.items()}
     columns = _columns(figures.values())
     reference = next((name for name in ("local", "first round") if name in columns), "")
@@ -109,10 +124,15 @@ def _table(title: str, metric: str, sites: Mapping[str, Mapping[str, Any]],
         and len(values) == len(figures)
     }
     return SiteTable(
-        title=title, columns=tuple((clean(c, 32), MEANING.get(c, "")) for c in columns),
-        reference=reference, rows=tuple(rows), sentence=_sentence(figures, reference), unit=unit,
+        title=title,
+        columns=tuple((clean(c, 32), MEANING.get(c, "")) for c in columns),
+        reference=reference,
+        rows=tuple(rows),
+        sentence=_sentence(figures, reference),
+        unit=unit,
         mean=_cells(means, columns, reference, form, scale, digits),
-        sparks=any(row.spark for row in rows), left_out=max(0, len(sites) - MOST),
+        sparks=any(row.spark for row in rows),
+        left_out=max(0, len(sites) - MOST),
     )
 
 
@@ -134,9 +154,14 @@ def _columns(figures: Iterable[Figures]) -> tuple[str, ...]:
     return (*known, *(column for column in present if column not in ORDER))
 
 
-def _cells(found: Figures, columns: Sequence[str], reference: str,
-           form: Callable[[float | None], str], scale: float, digits: int,
-           ) -> tuple[Cell, ...]:
+def _cells(
+    found: Figures,
+    columns: Sequence[str],
+    reference: str,
+    form: Callable[[float | None], str],
+    scale: float,
+    digits: int,
+) -> tuple[Cell, ...]:
     shown = {column: round(value * scale, digits) for column, (value, _) in found.items()}
     top = max(shown.values(), default=0.0)
     mark = len(shown) > 1 and any(value != top for value in shown.values())
@@ -158,30 +183,41 @@ def _cells(found: Figures, columns: Sequence[str], reference: str,
 
 def _sentence(figures: Mapping[str, Figures], reference: str) -> str:
     """How many sites have a better model at the end than they would have had."""
-    pairs = [(f["client"][0], f[reference][0]) for f in figures.values()
-             if "client" in f and reference in f]
+    pairs = [
+        (f["client"][0], f[reference][0])
+        for f in figures.values()
+        if "client" in f and reference in f
+    ]
     if not pairs:
         return ""
     better = sum(round(after - before, 3) > 0 for after, before in pairs)
     worse = sum(round(after - before, 3) < 0 for after, before in pairs)
     what = "training alone" if reference == "local" else "their first round"
-    return (f"Compared with {what}, {better} of {words.count(len(pairs), 'site')} ended better, "
-            f"{worse} worse.")
+    return (
+        f"Compared with {what}, {better} of {words.count(len(pairs), 'site')} ended better, "
+        f"{worse} worse."
+    )
 
 
 def _sparks(run: Run, names: Sequence[str]) -> dict[str, str]:
     """Each site's accuracy over the rounds, all on one scale."""
-    curves = {name: [
-        value for row in run.rounds if isinstance(row.get("client_accuracy"), Mapping)
-        and (value := number(row["client_accuracy"].get(name))) is not None
-    ] for name in names[:MOST]}
+    curves = {
+        name: [
+            value
+            for row in run.rounds
+            if isinstance(row.get("client_accuracy"), Mapping)
+            and (value := number(row["client_accuracy"].get(name))) is not None
+        ]
+        for name in names[:MOST]
+    }
     values = [value for curve in curves.values() for value in curve]
     if not values:
         return {}
     low, high = min(values), max(values)
     return {
         name: sparkline(curve, low, high, f"from {curve[0]:.1%} to {curve[-1]:.1%}")
-        for name, curve in curves.items() if curve
+        for name, curve in curves.items()
+        if curve
     }
 
 

@@ -64,7 +64,8 @@ def element(name: str, content: str = "", /, **attributes: object) -> str:
     """One SVG element; ``klass`` is written ``class``, ``_`` becomes ``-``; content is markup."""
     written = "".join(
         f' {"class" if key == "klass" else key.replace("_", "-")}="{_attribute(value)}"'
-        for key, value in attributes.items() if value != ""
+        for key, value in attributes.items()
+        if value != ""
     )
     return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
 
@@ -74,21 +75,37 @@ def text(words: str, x: float, y: float, /, **attributes: object) -> str:
     return element("text", escape(words), x=x, y=y, **attributes)
 
 
-def picture(ident: str, title: str, description: str, width: float, height: float, *parts: str
-            ) -> str:
+def picture(
+    ident: str, title: str, description: str, width: float, height: float, *parts: str
+) -> str:
     """The outer element with what a screen reader says."""
     head = element("title", escape(title), id=f"{ident}-t") + element(
-        "desc", escape(description), id=f"{ident}-d")
+        "desc", escape(description), id=f"{ident}-d"
+    )
     return element(
-        "svg", head + "".join(parts), klass="chart", viewBox=f"0 0 {width:g} {height:g}",
-        role="img", aria_labelledby=f"{ident}-t {ident}-d",
+        "svg",
+        head + "".join(parts),
+        klass="chart",
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="img",
+        aria_labelledby=f"{ident}-t {ident}-d",
     )
 
 
 def line_chart(
-    series: Sequence[Series], *, ident: str, title: str, x_label: str, y_label: str,
-    x_format: Format, y_format: Format, width: float = 900, height: float = 320,
-    log_x: bool = False, least: float | None = None, most: float | None = None,
+    series: Sequence[Series],
+    *,
+    ident: str,
+    title: str,
+    x_label: str,
+    y_label: str,
+    x_format: Format,
+    y_format: Format,
+    width: float = 900,
+    height: float = 320,
+    log_x: bool = False,
+    least: float | None = None,
+    most: float | None = None,
     names_at_ends: bool = True,
 ) -> str:
     """Several series over a common x; an empty text when none has a point.
@@ -117,41 +134,63 @@ def line_chart(
         legend, legend_height = legend_rows(drawn, width)
     ys = [p.y + side * (p.sd or 0) for one in drawn for p in one.points for side in (-1, 1)]
     xs = [p.x for one in drawn if not one.level for p in one.points] or [
-        p.x for one in drawn for p in one.points]
+        p.x for one in drawn for p in one.points
+    ]
     wide = width > 600
-    x_axis = scale.log10(xs, tight=True) if log_x else scale.linear(
-        xs, count=10 if wide else 5, whole=True, tight=True)
+    x_axis = (
+        scale.log10(xs, tight=True)
+        if log_x
+        else scale.linear(xs, count=10 if wide else 5, whole=True, tight=True)
+    )
     y_axis = scale.linear(ys, count=5 if height > 220 else 3, least=least, most=most)
     plot = Plot(
-        x_axis, y_axis, left=10 + CHARACTER * max(map(len, ticks(y_axis, y_format))),
+        x_axis,
+        y_axis,
+        left=10 + CHARACTER * max(map(len, ticks(y_axis, y_format))),
         right=width - 14 - CHARACTER * max(map(len, ends)),
-        top=(30 if y_label else 10) + legend_height, bottom=height - 40,
+        top=(30 if y_label else 10) + legend_height,
+        bottom=height - 40,
     )
     spoken = "; ".join(f"{one.name} ends at {y_format(one.points[-1].y)}" for one in drawn)
     lines = "".join(_draw(one, plot, x_format, y_format) for one in reversed(drawn))
     return picture(
-        ident, title, spoken, width, height, legend,
+        ident,
+        title,
+        spoken,
+        width,
+        height,
+        legend,
         frame(plot, x_label, y_label, x_format, y_format, legend_height),
-        lines, _ends(drawn, ends, plot),
+        lines,
+        _ends(drawn, ends, plot),
     )
 
 
-def frame(plot: Plot, x_label: str, y_label: str, x_format: Format, y_format: Format,
-          drop: float = 0) -> str:
+def frame(
+    plot: Plot, x_label: str, y_label: str, x_format: Format, y_format: Format, drop: float = 0
+) -> str:
     """Grid lines, ticks and axis names."""
     parts = [text(y_label, 0, 14 + drop, klass="axis-name")] if y_label else []
     for tick, words in zip(plot.y.ticks, ticks(plot.y, y_format), strict=True):
         _, y = plot.at(plot.x.low, tick)
         parts.append(element("line", klass="grid", x1=plot.left, x2=plot.right, y1=y, y2=y))
         parts.append(text(words, plot.left - 6, y + 4, klass="tick", text_anchor="end"))
-    parts.append(element("line", klass="axis", x1=plot.left, x2=plot.right,
-                         y1=plot.bottom, y2=plot.bottom))
+    parts.append(
+        element("line", klass="axis", x1=plot.left, x2=plot.right, y1=plot.bottom, y2=plot.bottom)
+    )
     for tick in plot.x.ticks:
         x, _ = plot.at(tick, plot.y.low)
         parts.append(element("line", klass="axis", x1=x, x2=x, y1=plot.bottom, y2=plot.bottom + 4))
         parts.append(text(x_format(tick), x, plot.bottom + 18, klass="tick", text_anchor="middle"))
-    parts.append(text(x_label, (plot.left + plot.right) / 2, plot.bottom + 36, klass="axis-name",
-                      text_anchor="middle"))
+    parts.append(
+        text(
+            x_label,
+            (plot.left + plot.right) / 2,
+            plot.bottom + 36,
+            klass="axis-name",
+            text_anchor="middle",
+        )
+    )
     return "".join(parts)
 
 
@@ -170,8 +209,17 @@ def legend_rows(series: Sequence[Series], width: float) -> tuple[str, float]:
         room = 34 + CHARACTER * len(one.name) + 14
         if x and x + room > width:
             x, y = 0.0, y + 18
-        parts.append(element("line", klass=_classes(one), x1=x, x2=x + 26, y1=y - 4, y2=y - 4,
-                             stroke_dasharray=DASHES[one.dash]))
+        parts.append(
+            element(
+                "line",
+                klass=_classes(one),
+                x1=x,
+                x2=x + 26,
+                y1=y - 4,
+                y2=y - 4,
+                stroke_dasharray=DASHES[one.dash],
+            )
+        )
         parts.append(text(one.name, x + 32, y, klass="tick"))
         x += room
     return "".join(parts), y + 8
@@ -180,11 +228,19 @@ def legend_rows(series: Sequence[Series], width: float) -> tuple[str, float]:
 def _draw(one: Series, plot: Plot, x_format: Format, y_format: Format) -> str:
     if one.level:
         _, y = plot.at(plot.x.low, one.points[-1].y)
-        return element("line", klass=_classes(one), x1=plot.left, x2=plot.right, y1=y, y2=y,
-                       stroke_dasharray=DASHES[one.dash])
+        return element(
+            "line",
+            klass=_classes(one),
+            x1=plot.left,
+            x2=plot.right,
+            y1=y,
+            y2=y,
+            stroke_dasharray=DASHES[one.dash],
+        )
     places = [plot.at(point.x, point.y) for point in one.points]
-    line = element("polyline", klass=_classes(one), points=_path(places),
-                   stroke_dasharray=DASHES[one.dash])
+    line = element(
+        "polyline", klass=_classes(one), points=_path(places), stroke_dasharray=DASHES[one.dash]
+    )
     dots = ""
     if len(places) <= HOVER:
         radius = 3.0 if len(places) == 1 or (len(places) <= 16 and one.weight != "thin") else 0.0
@@ -195,8 +251,14 @@ def _draw(one: Series, plot: Plot, x_format: Format, y_format: Format) -> str:
     return _band(one, plot) + line + dots
 
 
-def _dot(place: tuple[float, float], point: Point, one: Series, radius: float,
-         x_format: Format, y_format: Format) -> str:
+def _dot(
+    place: tuple[float, float],
+    point: Point,
+    one: Series,
+    radius: float,
+    x_format: Format,
+    y_format: Format,
+) -> str:
     """A mark, and around it a larger unseen one that shows the value on hovering."""
     spread = "" if point.sd is None else f" ± {y_format(point.sd)}"
     words = f"{one.name}, {x_format(point.x)}: {y_format(point.y)}{spread}"
@@ -223,8 +285,13 @@ def _ends(series: Sequence[Series], labels: Sequence[str], plot: Plot) -> str:
     for one, label, wish, y in zip(series, labels, wished, placed, strict=True):
         end = plot.right if one.level else plot.at(one.points[-1].x, 0)[0]
         if abs(y - wish) > 3 or end < plot.right - 1:
-            parts.append(element("polyline", klass="leader", points=_path(
-                [(end + 3, wish), (plot.right + 4, wish), (plot.right + 9, y)])))
+            parts.append(
+                element(
+                    "polyline",
+                    klass="leader",
+                    points=_path([(end + 3, wish), (plot.right + 4, wish), (plot.right + 9, y)]),
+                )
+            )
         weight = " strong" if one.weight == "bold" else ""
         parts.append(text(label, plot.right + 11, y + 4, klass=f"end f{one.colour}{weight}"))
     return "".join(parts)

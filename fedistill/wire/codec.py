@@ -44,13 +44,15 @@ def _floats(dtype: str) -> tuple[Callable[[Probs], bytes], Callable[[bytes, int,
 
 def _encode_u8(probs: Probs) -> bytes:
     logs = np.log(np.maximum(probs, np.exp(-LOWEST)))
-    return np.rint(logs * (-255.0 / LOWEST)).clip(0, 255).astype(np.uint8).tobytes()
+    codes = np.rint(logs * (-255.0 / LOWEST)).clip(0, 255).astype(np.uint8)
+    return bytes(codes.tobytes())
 
 
 def _decode_u8(data: bytes, rows: int, classes: int) -> Probs:
     codes = np.frombuffer(data, dtype=np.uint8).reshape(rows, classes)
-    probs = np.exp(codes * (-LOWEST / 255.0))
-    return (probs / probs.sum(axis=1, keepdims=True)).astype(np.float32)
+    values = np.exp(codes * (-LOWEST / 255.0))
+    probs: Probs = values / values.sum(axis=1, keepdims=True)
+    return probs.astype(np.float32)
 
 
 CODECS: Mapping[str, Codec] = {
@@ -58,7 +60,9 @@ CODECS: Mapping[str, Codec] = {
     "float16": Codec("two bytes a value; probabilities below 3e-8 become 0", *_floats("<f2"), 2),
     "u8": Codec(
         "one byte a value: log-probability in [-12, 0] in steps of 0.047",
-        _encode_u8, _decode_u8, 1,
+        _encode_u8,
+        _decode_u8,
+        1,
     ),
 }
 
@@ -67,7 +71,7 @@ def encode_familiarity(ratios: FloatArray) -> bytes:
     """Log density ratios ``[rows]`` as one byte each, clamped to the limit, step 0.063."""
     limited = np.clip(ratios, -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT)
     codes = np.rint((limited + FAMILIARITY_LIMIT) * (255 / (2 * FAMILIARITY_LIMIT)))
-    return codes.astype(np.uint8).tobytes()
+    return bytes(codes.astype(np.uint8).tobytes())
 
 
 def decode_familiarity(data: bytes) -> FloatArray:

@@ -59,8 +59,10 @@ class RowSpec:
         short ones the pass before decides on them, back to one that began together with a round.
         """
         start = number
-        while start and start * self.total % self.count and (
-            start == number or self.total < 2 * self.count
+        while (
+            start
+            and start * self.total % self.count
+            and (start == number or self.total < 2 * self.count)
         ):
             start -= 1
         order = generator(self.seed, "proxy-pass", start).permutation(self.total)
@@ -113,14 +115,20 @@ class Plan:
     def to_bytes(self) -> bytes:
         """The message as it travels."""
         header: dict[str, Any] = {
-            "kind": "plan", "run": self.run, "round": self.round, "proxy": self.proxy,
-            "classes": self.classes, "ask": _spec(self.ask),
+            "kind": "plan",
+            "run": self.run,
+            "round": self.round,
+            "proxy": self.proxy,
+            "classes": self.classes,
+            "ask": _spec(self.ask),
         }
         payload = self.weights
         if self.targets is not None:
             header["targets"] = {
-                "spec": _spec(self.targets.spec), "codec": self.targets.codec,
-                "classes": self.targets.classes, "missing": list(self.targets.missing),
+                "spec": _spec(self.targets.spec),
+                "codec": self.targets.codec,
+                "classes": self.targets.classes,
+                "missing": list(self.targets.missing),
             }
             payload = self.targets.payload
         return seal(header, payload)
@@ -136,16 +144,32 @@ class Plan:
         _check_types(header, {"run": str, "round": int, "proxy": str, "classes": str})
         targets = _read_targets(header["targets"], payload) if "targets" in header else None
         return cls(
-            run=header["run"], round=header["round"], proxy=header["proxy"],
-            classes=header["classes"], ask=_read_spec(header["ask"]), targets=targets,
+            run=header["run"],
+            round=header["round"],
+            proxy=header["proxy"],
+            classes=header["classes"],
+            ask=_read_spec(header["ask"]),
+            targets=targets,
             weights=b"" if targets else payload,
         )
 
 
 UPLOAD_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "kind": str, "client": str, "run": str, "round": int, "proxy": str, "classes": str,
-    "share": str, "codec": str, "temperature": float, "shape": list, "familiarity": bool,
-    "seen": str, "size": int, "epsilon": (float, type(None)), "ledger": str,
+    "kind": str,
+    "client": str,
+    "run": str,
+    "round": int,
+    "proxy": str,
+    "classes": str,
+    "share": str,
+    "codec": str,
+    "temperature": float,
+    "shape": list,
+    "familiarity": bool,
+    "seen": str,
+    "size": int,
+    "epsilon": (float, type(None)),
+    "ledger": str,
 }
 """The whitelist (invariant 1): nothing else can be in an upload's header."""
 
@@ -325,7 +349,10 @@ def _read_targets(raw: Any, payload: bytes) -> Targets:
     ):
         raise Rejected("shape", "the targets name rows or classes that cannot be")
     return Targets(
-        spec=spec, codec=raw["codec"], classes=raw["classes"], missing=tuple(missing),
+        spec=spec,
+        codec=raw["codec"],
+        classes=raw["classes"],
+        missing=tuple(missing),
         payload=payload,
     )
 

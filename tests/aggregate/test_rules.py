@@ -274,7 +274,7 @@ def test_a_users_own_rule_runs_in_a_federation():
     federation = builders.federation(
         builders.participants(3, rows=40), method=fd.method("ds-fl", rule=hottest)
     )
-    (row,) = federation.run(1, builders.test_rows())
+    (row,) = federation.run(1, builders.gaussian(30, 2000))
     assert row["clients_ok"] == 3
     assert calls == [((3, 40, 3), [1.0, 1.0, 1.0], [32.0, 32.0, 32.0])]
     assert federation.summary()["rule"] == "hottest"
@@ -298,7 +298,7 @@ WRONG = {
         lambda z, w: rules.mean(z, np.ones(len(z))), "a client of weight zero"
     ),
     "prefers class 0": (
-        lambda z, w: rules.softmax(rules.log_softmax(z).mean(0) + [0.3, 0, 0]), "classes renamed"
+        lambda z, w: rules.softmax(rules.log_softmax(z).mean(0) + 0.3 * np.eye(1, z.shape[2])), "classes renamed"
     ),
     "least likely": (
         lambda z, w: rules.softmax(-np.log(rules.mean(z, w) + 1e-30)), "unanimous clients"
