@@ -8,6 +8,7 @@ problem is reported at once, with its line.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 import tomllib
@@ -559,8 +560,8 @@ def to_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\t", "\\t")
-        return '"' + escaped.replace("\n", "\\n") + '"'
+        # A TOML text is a JSON text, but for the one control character that JSON lets through.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple):
         return "[" + ", ".join(to_value(entry) for entry in value) + "]"
     return repr(value)

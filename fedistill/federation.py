@@ -399,7 +399,8 @@ def _check_clients(clients: Sequence[Client], classes: int) -> None:
                 f"{client.id}: labels must be 0 to {classes - 1}, row {bad[0]} is outside: "
                 "map the labels, or name all classes"
             )
-        unclean = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
+        finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
+        unclean = np.flatnonzero(~finite)
         if len(unclean):
             raise DataError(
                 f"{client.id}: inputs must be finite, row {unclean[0]} is not: clean or impute it"

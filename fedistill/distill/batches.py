@@ -21,7 +21,7 @@ from fedistill.types import FloatArray, IntArray
 
 @dataclass(frozen=True)
 class Memory:
-    """Soft targets on public rows: ``[n, ...]`` inputs, ``[n, classes]`` targets, ``[n]`` weights."""
+    """Soft targets on public rows: ``[n, ...]``, ``[n, classes]`` and a weight each."""
 
     inputs: Tensor
     targets: Tensor
@@ -237,7 +237,7 @@ def passes(rows: int, size: int, epochs: int, seed: int, name: str) -> Iterator[
         starts = list(range(0, rows, size))
         if len(starts) > 1 and rows - starts[-1] == 1:
             starts.pop()
-        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
+        for start, stop in zip(starts, [*starts[1:], rows], strict=False):
             yield order[start:stop]
 
 

@@ -236,7 +236,7 @@ def test_a_rule_is_given_what_its_signature_asks_for_and_no_more():
 @pytest.mark.parametrize(
     ("wrong", "text"),
     [
-        (lambda logits, weights: logits[0, 0], "must return [rows, classes] = [2, 3], returned [3]"),
+        (lambda logits, weights: logits[0, 0], "[rows, classes] = [2, 3], returned [3]"),
         (lambda logits, weights: logits.mean(0), "rows of probabilities that sum to 1"),
         (lambda logits, weights: rules.softmax(logits[0]) * 0.9, "that sum to 1"),
     ],
@@ -298,7 +298,8 @@ WRONG = {
         lambda z, w: rules.mean(z, np.ones(len(z))), "a client of weight zero"
     ),
     "prefers class 0": (
-        lambda z, w: rules.softmax(rules.log_softmax(z).mean(0) + 0.3 * np.eye(1, z.shape[2])), "classes renamed"
+        lambda z, w: rules.softmax(rules.log_softmax(z).mean(0) + 0.3 * np.eye(1, z.shape[2])),
+        "classes renamed",
     ),
     "least likely": (
         lambda z, w: rules.softmax(-np.log(rules.mean(z, w) + 1e-30)), "unanimous clients"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fedistill import losses
 from fedistill.losses import kl_divergence, logit_mae, own_or_proxy, soft_cross_entropy, soften

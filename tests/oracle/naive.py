@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 import torch
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fedistill.seeding import derive, generator
 

@@ -16,7 +16,7 @@ from oracle.naive import (
     through_u8,
 )
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from fedistill.seeding import derive, generator
 
