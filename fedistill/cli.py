@@ -56,9 +56,10 @@ def run(
 def check(file: File, overrides: Overrides = None) -> None:
     """Validate a settings file without training: all problems at once, then the plan."""
     from fedistill import config
-    from fedistill.plan import describe
 
     settings = config.load(file, overrides or [])
+    from fedistill.plan import describe  # imports torch, which a wrong file need not wait for
+
     for line in describe(settings):
         typer.echo(line)
 

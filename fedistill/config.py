@@ -1,8 +1,7 @@
-"""Settings: frozen dataclasses that are read from TOML and written back to it.
+"""Settings are read from TOML and written back to it.
 
-Each field carries its own documentation, range and choices; reading, checking, ``fedistill new``
-and the settings page of the docs are all derived from them. A file is judged as a whole: every
-problem is reported at once, with its line.
+A file is judged as a whole: every problem is reported at once, with its line and the nearest known
+key. What there is to set stands in :mod:`fedistill.settings`.
 """
 
 from __future__ import annotations
@@ -15,236 +14,42 @@ import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedistill import catalog
 from fedistill.errors import Problem, SettingsError, did_you_mean
+from fedistill.settings import (
+    BackendSettings,
+    ClientsSettings,
+    DataSettings,
+    EvaluationSettings,
+    GroupSettings,
+    MethodSettings,
+    PrivacySettings,
+    ProxySettings,
+    Settings,
+    StudentSettings,
+    TrainSettings,
+)
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
-SCALES = ("auto", "standard", "centred", "unit", "none")
-
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    choices: str | Sequence[str] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-) -> Any:
-    """A field with its meaning and its limits.
-
-    Args:
-        default: the value when the file is silent.
-        doc: one sentence, shown by ``fedistill new`` and in the docs.
-        choices: a kind of ``fedistill.catalog``, or the allowed words.
-        low: smallest value, itself allowed.
-        high: largest value, itself allowed.
-        above: smallest value, itself not allowed.
-    """
-    metadata = {"doc": doc, "choices": choices, "low": low, "high": high, "above": above}
-    if isinstance(default, type) or callable(default):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Where the rows come from and how they are read."""
-
-    source: str = setting(
-        "digits", "digits, breast-cancer, idx:, csv:, npz:, parquet:, hf: or openml: and a name"
-    )
-    path: str = setting("", "data root for file sources; empty: $FEDISTILL_DATA, else .")
-    test: str = setting("", "source of the test rows; empty: a share of the rows is held out")
-    test_rows: int | float = setting(
-        0.2, "held-out test rows: a count, or a share of each site below 1", above=0
-    )
-    label: str = setting(
-        "label", "csv and parquet: name or number (-1 is last) of the label column"
-    )
-    header: bool = setting(True, "csv: the first line names the columns")
-    separator: str = setting(",", "csv: what separates the columns")
-    missing: str = setting(
-        "?", "csv: the text that stands for a missing value, beside the empty one"
-    )
-    zero_missing: tuple[str, ...] = setting(
-        (), "names or numbers of columns in which 0 stands for a missing value"
-    )
-    categorical: tuple[str, ...] = setting(
-        (), "names or numbers of columns whose numbers are codes: a 0/1 column for each"
-    )
-    indicators: float = setting(
-        1.0,
-        "add a 0/1 column for columns missing in more than this share of the public rows; "
-        "1: for none",
-        low=0,
-        high=1,
-    )
-    drop: tuple[str, ...] = setting((), "csv and parquet: names or numbers of columns to leave out")
-    positive_above: float | None = setting(
-        None, "make two classes: 1 where the label is above this number"
-    )
-    scale: str = setting(
-        "auto",
-        "standard (mean 0, deviation 1), centred ([0,255] to [-1,1]), unit (largest is 1), none; "
-        "statistics from public rows only; auto: standard for tables, centred for images",
-        choices=SCALES,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxySettings:
-    """The public rows on which clients share predictions."""
-
-    rows: int = setting(400, "proxy rows, drawn from the seed", low=1)
-    per_round: int = setting(0, "rows asked in a round; 0: all of them", low=0)
-    path: str = setting(
-        "", "source of the proxy rows, as in [data] source; empty: drawn from the data"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How a model is built and trained."""
-
-    model: str = setting("mlp", "the kind of model", choices="models")
-    width: int = setting(64, "hidden units, or channels of a cnn", low=1)
-    depth: int = setting(1, "hidden layers of an mlp", low=1, high=64)
-    epochs: int = setting(2, "passes over the own rows in a round", low=0)
-    batch_size: int = setting(50, "rows in a step", low=1)
-    lr: float = setting(0.1, "learning rate", above=0)
-    optimizer: str = setting("sgd", "the optimizer", choices=OPTIMIZERS)
-    momentum: float = setting(0.0, "momentum of sgd", low=0, high=1)
-    weight_decay: float = setting(0.0, "weight decay", low=0)
-    clip: float = setting(5.0, "largest gradient norm; 0: not clipped", low=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSettings:
-    """Clients of another kind; what is not set here comes from [clients]."""
-
-    count: int = setting(0, "how many of the clients, in order; 0: those named in sites", low=0)
-    sites: tuple[str, ...] = setting((), "the clients by id")
-    model: str | None = setting(None, "the kind of model", choices="models")
-    width: int | None = setting(None, "hidden units, or channels of a cnn", low=1)
-    depth: int | None = setting(None, "hidden layers of an mlp", low=1, high=64)
-    epochs: int | None = setting(None, "passes over the own rows in a round", low=0)
-    batch_size: int | None = setting(None, "rows in a step", low=1)
-    lr: float | None = setting(None, "learning rate", above=0)
-    optimizer: str | None = setting(None, "the optimizer", choices=OPTIMIZERS)
-    momentum: float | None = setting(None, "momentum of sgd", low=0, high=1)
-    weight_decay: float | None = setting(None, "weight decay", low=0)
-    clip: float | None = setting(None, "largest gradient norm; 0: not clipped", low=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClientsSettings(TrainSettings):
-    """Who takes part, which rows each holds, and how each trains."""
-
-    count: int = setting(8, "clients; by column: as many as the column has values", low=1)
-    partition: str = setting("dirichlet", "how rows are dealt to clients", choices="partitions")
-    alpha: float = setting(0.3, "dirichlet: the smaller, the more unequal the classes", above=0)
-    classes_per_client: int = setting(2, "shards: shards dealt to each client", low=1)
-    column: str = setting("", "by-column: the column whose values are the sites; csv: also 'file'")
-    partition_path: str = setting("", "file: an npz with arrays of row numbers")
-    partition_key: str = setting("", "file: arrays are KEY_0 ... KEY_{n-1}, and 'public'")
-    labelled: int | float = setting(
-        0, "labelled rows of a client: a count, or a share below 1; 0: all", low=0
-    )
-    participation: float = setting(1.0, "share of the clients asked in a round", above=0, high=1)
-    quorum: int = setting(0, "fewest usable uploads of a round; 0: 3, or all if fewer", low=0)
-    group: tuple[GroupSettings, ...] = setting((), "clients of other kinds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """A preset, and what differs from it."""
-
-    preset: str = setting("fedistill", "the method", choices="methods")
-    rule: str | None = setting(None, "how predictions become soft targets", choices="rules")
-    codec: str | None = setting(None, "how predictions become bytes", choices="codecs")
-    sharpen: str | None = setting(None, "after the rule: none, era:TEMPERATURE or power:EXPONENT")
-    temperature: float | None = setting(None, "temperature of the distillation loss", above=0)
-    distil: str | None = setting(
-        None,
-        "clients distil inside the local steps, in a phase before them, or never",
-        choices=("inside", "phase", "never"),
-    )
-    distil_epochs: int | None = setting(None, "epochs of a distillation phase", low=1)
-    soft_weight: float | None = setting(None, "weight of the soft part inside local steps", low=0)
-    prior_rows: float | None = setting(
-        None, "distribution-weighted: rows a client's familiarity must outweigh", low=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentSettings:
-    """The server's student, taught by soft targets alone; what is not set, the method decides."""
-
-    model: str | None = setting(
-        None, "the kind of model; not set: that of [clients]", choices="models"
-    )
-    width: int = setting(128, "hidden units, or channels of a cnn", low=1)
-    depth: int = setting(1, "hidden layers of an mlp", low=1, high=64)
-    epochs: int | None = setting(None, "passes over the soft targets in a round", low=0)
-    batch_size: int | None = setting(None, "rows in a step", low=1)
-    lr: float | None = setting(None, "learning rate", above=0)
-    optimizer: str | None = setting(None, "the optimizer", choices=OPTIMIZERS)
-    momentum: float | None = setting(None, "momentum of sgd", low=0, high=1)
-    weight_decay: float | None = setting(None, "weight decay", low=0)
-    clip: float | None = setting(None, "largest gradient norm; 0: not clipped", low=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrivacySettings:
-    """Differential privacy of what a client shares."""
-
-    mechanism: str = setting("none", "how predictions are made private", choices="mechanisms")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackendSettings:
-    """What runs the clients."""
-
-    name: str = setting("serial", "the backend", choices="backends")
-    device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one")
-    threads: int = setting(1, "torch threads of a worker", low=1)
-    max_message_mb: float = setting(64.0, "largest message accepted, in MiB", above=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What the run is measured against; all of it lands in the report's per-site table."""
-
-    baselines: tuple[str, ...] = setting((), "methods run on the same rows for comparison")
-    leave_one_out: bool = setting(False, "also federate without each client and test on its rows")
-    every: int = setting(
-        1, "rounds between measurements of the clients; the last round always is", low=1
-    )
-    repeats: int = setting(1, "seeds, counted up from seed; figures are mean and deviation", low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """A whole experiment."""
-
-    seed: int = setting(7, "everything random is derived from it", low=0)
-    rounds: int = setting(10, "rounds of exchange", low=1)
-    data: DataSettings = setting(DataSettings, "")
-    proxy: ProxySettings = setting(ProxySettings, "")
-    clients: ClientsSettings = setting(ClientsSettings, "")
-    method: MethodSettings = setting(MethodSettings, "")
-    student: StudentSettings = setting(StudentSettings, "")
-    privacy: PrivacySettings = setting(PrivacySettings, "")
-    backend: BackendSettings = setting(BackendSettings, "")
-    evaluation: EvaluationSettings = setting(EvaluationSettings, "")
-
-
-# --- reading -----------------------------------------------------------------------------------
+__all__ = [
+    "BackendSettings",
+    "ClientsSettings",
+    "DataSettings",
+    "EvaluationSettings",
+    "GroupSettings",
+    "MethodSettings",
+    "PrivacySettings",
+    "ProxySettings",
+    "Settings",
+    "StudentSettings",
+    "TrainSettings",
+    "client_settings",
+    "load",
+    "parse",
+    "to_toml",
+]
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:

@@ -321,7 +321,7 @@ def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) ->
     wanted = settings.student.model or settings.clients.model
     kind = wanted if wanted in {"linear", "mlp", "lenet", "cnn"} else "mlp"
     return models.factory(
-        kind, shape, classes, width=settings.student.width, depth=settings.student.depth
+        kind, shape, classes, width=settings.student.width or 128, depth=settings.student.depth or 1
     )
 
 

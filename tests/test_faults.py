@@ -1209,3 +1209,25 @@ def test_all_errors_belong_to_one_family_with_an_exit_code() -> None:
 def test_presets_named_here_exist() -> None:
     for name in ("fedistill", "fedmd", "ds-fl", "feddf"):
         assert method(name).exchange == "predictions"
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="typer 0.20 turns Ctrl-C into its own Exit(130), so cli.main never says its sentence",
+)
+@pytest.mark.parametrize("number", [60])
+def test_an_interrupted_command_says_how_to_go_on(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    from fedistill import cli
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiment, "run", interrupt)
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["run", str(builders.write_settings(tmp_path))])
+    assert caught.value.code == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err

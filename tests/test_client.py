@@ -1,0 +1,265 @@
+"""The client's step: asked twice it answers alike, and nothing private gets out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    INPUTS,
+    Saying,
+    federation,
+    gaussian,
+    participants,
+    probabilities,
+    reseal,
+    saying,
+    tampered,
+)
+
+from fedistill.backends import Reply
+from fedistill.client import Client
+from fedistill.errors import DataError, Rejected
+from fedistill.presets import METHODS
+from fedistill.types import Rows
+from fedistill.wire import codec
+from fedistill.wire.messages import Plan, unseal
+
+SHARING = [name for name, entry in METHODS.items() if entry.exchange == "predictions"]
+
+
+def begun(tmp_path: Path | None = None, **options: Any) -> Any:
+    fed = federation(**options)
+    next(iter(fed.run(1, out=tmp_path)))
+    return fed
+
+
+# --- asked twice -----------------------------------------------------------------------------------
+
+
+def test_the_same_plan_twice_gives_the_same_bytes_and_trains_once() -> None:
+    logits = probabilities(40, 3).astype(np.float32)
+    fed = begun(clients=[*participants(3), saying("site-9", logits)])
+    message = fed.server.plan(2).to_bytes()
+    for site in fed.sites.values():
+        site.answer(message)
+    states = {name: site.learner.state_dict() for name, site in fed.sites.items()}
+    first = {name: site.answer(message) for name, site in fed.sites.items()}
+    for _ in range(3):
+        assert {name: site.answer(message) for name, site in fed.sites.items()} == first
+    assert fed.sites["site-9"].learner.fitted == 2
+    for name, site in fed.sites.items():
+        for key, value in site.learner.state_dict().items():
+            np.testing.assert_array_equal(value, states[name][key])
+
+
+def test_after_a_restart_the_stored_bytes_are_sent_again(tmp_path: Path) -> None:
+    fed = begun(tmp_path)
+    plan = fed.server.plan(2)
+    message = plan.to_bytes()
+    first = {name: site.answer(message) for name, site in fed.sites.items()}
+    again = federation()
+    sites = again._sites(tmp_path)
+    for name, site in sites.items():
+        assert site.restore(plan.run, 2) is None
+        site.learner.fit = lambda *a, **k: pytest.fail("it trained a second time")
+        assert site.answer(message) == first[name]
+
+
+def test_a_refusal_is_remembered_like_an_answer(tmp_path: Path) -> None:
+    people = [*participants(3), saying("site-9", lambda s, x: np.full((len(x), 3), np.nan))]
+    fed = begun(tmp_path, clients=people)
+    message = fed.server.plan(2).to_bytes()
+    site = fed.sites["site-9"]
+    for _ in range(3):
+        with pytest.raises(Rejected, match="nonfinite"):
+            site.answer(message)
+    assert site.learner.fitted == 2
+    restored = federation(people)._sites(tmp_path)["site-9"]
+    restored.restore(fed.server.run, 3)
+    with pytest.raises(Rejected, match="nonfinite"):
+        restored.answer(message)
+    assert restored.learner.fitted == 2
+
+
+def test_a_plan_of_a_round_that_is_over_is_refused() -> None:
+    fed = begun()
+    site = fed.sites["site-0"]
+    old = fed.server.plan(1)
+    site.answer(fed.server.plan(2).to_bytes())
+    with pytest.raises(Rejected) as caught:
+        site.answer(old.to_bytes())
+    assert caught.value.reason == "stale_round"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda told: {"codec": "zip"}, "codec"),
+        (lambda told: {"classes": 4}, "shape"),
+        (lambda told: {"missing": [0]}, "shape"),
+        (lambda told: {"missing": [400]}, "shape"),
+        (lambda told: {"spec": told["spec"] | {"total": 41}}, "shape"),
+        (lambda told: {"spec": told["spec"] | {"count": 10**12}}, "shape"),
+        (lambda told: {"spec": told["spec"] | {"count": 39}}, "shape"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_learned(
+    change: Any, reason: str
+) -> None:
+    fed = begun()
+    site = fed.sites["site-1"]
+    before = site.learner.state_dict()
+    message = fed.server.plan(2).to_bytes()
+    told = unseal(message, 1 << 20)[0]["targets"]
+    with pytest.raises(Rejected) as caught:
+        site.answer(reseal(message, targets=told | change(told)))
+    assert caught.value.reason == reason
+    for key, value in site.learner.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+    assert site.answer(message)
+
+
+def test_soft_targets_that_are_no_numbers_are_refused() -> None:
+    fed = begun(method="ds-fl")
+    plan = fed.server.plan(2)
+    bad = codec.pack(np.full((40, 3), np.nan, "<f4").tobytes())
+    broken = dataclasses.replace(plan, targets=dataclasses.replace(plan.targets, payload=bad))
+    with pytest.raises(Rejected, match="nonfinite"):
+        fed.sites["site-0"].answer(broken.to_bytes())
+    assert fed.sites["site-0"].answer(plan.to_bytes())
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a b", "ä", "x" * 65, "-x", "a\n"])
+def test_a_client_id_that_is_no_plain_name_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match="client id"):
+        Client(name, lambda: None, gaussian(3, 1))
+
+
+# --- nothing private gets out -------------------------------------------------------------------------
+
+
+def marked(count: int, seed: int) -> tuple[Rows, list[bytes]]:
+    """Rows whose every value is a float that occurs nowhere else, and the bytes to look for."""
+    random = np.random.default_rng(seed)
+    inputs = (random.random((count, INPUTS)) * 3 - 1).astype(np.float32)
+    labels = random.permutation(np.arange(count) % 3).astype(np.int64)
+    # An outlier that any learner memorises, and that no mean of others resembles.
+    inputs[0] = [31.415926, -27.182818, 16.180339, 14.142135]
+    patterns = []
+    for row in inputs:
+        for kind in ("<f4", ">f4", "<f8", ">f8", "<f2"):
+            patterns.append(np.asarray(row, kind).tobytes())
+        patterns += [np.asarray(value, kind).tobytes() for value in row for kind in ("<f8", ">f8")]
+        patterns += [np.asarray(value, "<f4").tobytes() for value in row]
+        patterns += [repr(float(value)).encode() for value in row]
+        patterns += [f"{value:.6g}".encode() for value in row if abs(value) > 10]
+    for kind in ("<i8", ">i8", "<i4", "|u1", "<f4"):
+        patterns.append(labels.astype(kind).tobytes())
+    patterns += [str(labels.tolist()).encode(), "".join(map(str, labels)).encode(),
+                 json.dumps(labels.tolist(), separators=(",", ":")).encode()]
+    return Rows(inputs, labels), patterns
+
+
+def unfolded(message: bytes) -> list[bytes]:
+    """A message as it travels and as it reads: header, payload, payload unfolded."""
+    import zlib
+
+    header, payload = unseal(message, 1 << 26)
+    parts = [message, json.dumps(header).encode(), payload]
+    if payload:
+        parts.append(zlib.decompress(payload))
+    return parts
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_no_private_row_and_no_label_is_in_anything_that_travels_or_is_logged(
+    name: str, tmp_path: Path
+) -> None:
+    people, patterns = [], []
+    for k, client in enumerate(participants(4)):
+        rows, found = marked(22 + k, 50 + k)
+        people.append(dataclasses.replace(client, data=rows))
+        patterns += found
+    travelled: list[bytes] = []
+
+    def listen(sender: str, data: bytes, plan: Plan) -> Reply:
+        travelled.extend(unfolded(data))
+        travelled.extend(unfolded(plan.to_bytes()))
+        return Reply(sender, data)
+
+    fed = federation(people, method=name)
+    list(fed.run(4, gaussian(20, 3), out=tmp_path, backend=tampered(listen)))
+    travelled += [(tmp_path / "rounds.jsonl").read_bytes(), json.dumps(fed.summary()).encode(),
+                  (tmp_path / "checkpoint" / "server").read_bytes()]
+    assert len(travelled) > 4 * 4 * 6
+    everything = b"\0\0\0\0\0\0\0\0".join(travelled)
+    found = [pattern for pattern in patterns if len(pattern) > 3 and pattern in everything]
+    assert found == []
+
+
+def test_the_search_for_private_rows_would_find_one() -> None:
+    rows, patterns = marked(22, 50)
+    upload = codec.pack(b"head" + rows.inputs[7].tobytes() + rows.labels.tobytes())
+    import zlib
+
+    assert sum(pattern in zlib.decompress(upload) for pattern in patterns) >= 3
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_what_a_site_says_about_its_rows_is_rounded(name: str) -> None:
+    """Two sites with other numbers of rows and the same model say the same but for the mask."""
+    uploads = []
+    for rows in (gaussian(18, 1), gaussian(22, 2)):
+        client = Client("site-0", lambda: Saying(probabilities(40, 1).astype("f4")), rows)
+        fed = federation([client, *participants(4)[1:]], method=name)
+        plan = fed.server.plan(1)
+        fed.sites = fed._sites(None)
+        uploads.append(fed.sites["site-0"].answer(dataclasses.replace(plan, run="r").to_bytes()))
+    assert uploads[0] == uploads[1]
+
+
+def test_only_what_was_asked_is_predicted() -> None:
+    fed = federation(per_round=7)
+    for row in fed.run(3):
+        assert row["clients_ok"] == 4
+    plan = fed.server.plan(4)
+    answer = fed.server.check(fed.sites["site-0"].answer(plan.to_bytes()), plan, "site-0", set())
+    assert answer.probs.shape == (7, 3)
+
+
+def test_the_bytes_reported_are_the_bytes_sent() -> None:
+    up, down = [0], [0]
+
+    def weigh(sender: str, data: bytes, plan: Plan) -> Reply:
+        up[0] += len(data)
+        down[0] += len(plan.to_bytes())
+        return Reply(sender, data)
+
+    fed = federation()
+    for row in fed.run(3, backend=tampered(weigh)):
+        assert (row["bytes_up"], row["bytes_down"]) == (up[0], down[0])
+        up[0] = down[0] = 0
+    assert fed.summary()["bytes_up_per_client_round"] > 0
+
+
+def test_refused_bytes_are_counted_too() -> None:
+    def spoil(sender: str, data: bytes, plan: Plan) -> Reply:
+        return Reply(sender, b"x" * 1000 if sender == "site-3" else data)
+
+    clean = next(iter(federation().run(1)))
+    row = next(iter(federation().run(1, backend=tampered(spoil))))
+    assert row["clients_failed"] == 1
+    assert clean["bytes_up"] * 3 // 4 < row["bytes_up"] - 1000 < clean["bytes_up"]
+
+
+def test_torch_random_state_is_left_alone_by_a_client_step() -> None:
+    fed = begun()
+    before = torch.random.get_rng_state()
+    fed.sites["site-0"].answer(fed.server.plan(2).to_bytes())
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,0 +1,182 @@
+"""The server's door under fire: whatever comes, it refuses or counts, and never below the quorum."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from builders import MEAN, federation, probabilities, reseal, sealed_text, server, tampered, upload
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedistill.backends import Reply
+from fedistill.errors import QuorumError, Rejected
+from fedistill.presets import method
+from fedistill.server import Server
+from fedistill.wire import codec
+from fedistill.wire.messages import UPLOAD_FIELDS, Failure, Plan
+
+ROWS = 6
+VALUES = (
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.text(max_size=20)
+    | st.floats(allow_nan=False, allow_infinity=False) | st.lists(st.integers(-3, 10**13), max_size=3)
+    | st.sampled_from(["probs", "none", "weights", "float32", "u8", "c0", "ff", "-1", "0x1", "1e9"])
+)
+HEADERS = st.dictionaries(
+    st.sampled_from([*UPLOAD_FIELDS]) | st.text(max_size=6), VALUES, max_size=4
+)
+ARRAYS = st.tuples(
+    st.sampled_from(["<f4", "<f8", "<f2", "<i4", "|u1", "|S3"]),
+    st.sampled_from([(ROWS, 3), (3, ROWS), (1, 3), (ROWS, 1), (0, 3), (ROWS, 4), (2 * ROWS, 3)]),
+    st.binary(min_size=1, max_size=8),
+)
+
+
+def payload(dtype: str, shape: tuple[int, int], filling: bytes) -> bytes:
+    size = np.dtype(dtype).itemsize * shape[0] * shape[1]
+    return codec.pack((filling * (size // len(filling) + 1))[:size])
+
+
+@st.composite
+def bad_messages(draw: st.DrawFn, plan: Plan, name: str, seed: int) -> bytes:
+    """An answer with anything wrong in it, or (rarely) nothing."""
+    honest = upload(plan, name, probabilities(ROWS, seed)).to_bytes()
+    how = draw(st.sampled_from(["header", "array", "both", "cut", "bytes", "json"]))
+    if how == "bytes":
+        return draw(st.binary(max_size=200))
+    if how == "cut":
+        return honest[: draw(st.integers(0, len(honest)))]
+    if how == "json":
+        return sealed_text(json.dumps(draw(VALUES | HEADERS)).encode(), draw(st.binary(max_size=40)))
+    changes = draw(HEADERS) if how != "array" else {}
+    return reseal(honest, payload(*draw(ARRAYS)) if how != "header" else None, **changes)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+def test_five_arbitrary_replies_of_five_never_crash_and_never_count_below_the_quorum(
+    data: st.DataObject,
+) -> None:
+    familiar = data.draw(st.booleans())
+    door = server(rows=ROWS, method=method("fedistill", codec="float32") if familiar else MEAN)
+    plan = door.plan(1)
+    answers, seen, before = [], set(), door.digest()
+    for k in range(5):
+        message = data.draw(bad_messages(plan, f"c{k}", k))
+        try:
+            answers.append(door.check(message, plan, f"c{k}", seen))
+        except Rejected as refusal:
+            assert refusal.reason.replace("_", "").isalpha()
+            assert len(refusal.reason) <= 20
+    assert len(seen) == len(answers)
+    teachers = [answer for answer in answers if answer.upload.share == "probs"]
+    try:
+        door.combine(plan, answers)
+    except QuorumError:
+        assert len(teachers) < 3
+        assert (door.digest(), door.targets, door.round) == (before, None, 0)
+    else:
+        assert len(teachers) >= 3
+        known = door.table[door.stamp > 0]
+        np.testing.assert_allclose(known.sum(axis=1), 1, atol=1e-5)
+
+
+@given(st.lists(st.binary(max_size=64), min_size=4, max_size=4), st.text(max_size=40))
+@settings(deadline=None, max_examples=25)
+def test_a_whole_run_of_arbitrary_bytes_ends_with_the_quorum_and_nothing_else(
+    blobs: list[bytes], name: str
+) -> None:
+    def noise(sender: str, data: bytes, plan: Plan) -> Any:
+        number = int(sender[-1])
+        return [Reply(sender, blobs[number]), Reply(name, blobs[number]),
+                Failure(name, plan.round, name)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedistill.federation.time.sleep", lambda seconds: None)
+        fed = CACHED[0]
+        with pytest.raises(QuorumError):
+            list(fed.run(1, backend=tampered(noise)))
+    assert fed.server.round == 0
+
+
+CACHED = [federation()]
+
+
+@pytest.mark.parametrize("good", range(6))
+def test_the_quorum_is_three_teachers_whatever_else_answers(good: int) -> None:
+    door = server(rows=ROWS)
+    plan = door.plan(1)
+    answers = []
+    for k in range(5):
+        share = {} if k < good else {"share": "none", "shape": (0, 3), "size": 0,
+                                     "payload": codec.pack(b"")}
+        message = upload(plan, f"c{k}", probabilities(ROWS, k), **share).to_bytes()
+        answers.append(door.check(message, plan, f"c{k}", set()))
+    if good < 3:
+        with pytest.raises(QuorumError):
+            door.combine(plan, answers)
+        assert not door.table.any()
+    else:
+        door.combine(plan, answers)
+        expected = np.mean([probabilities(ROWS, k) for k in range(good)], axis=0)
+        np.testing.assert_allclose(door.table[plan.ask.rows()], expected, atol=1e-6)
+
+
+def test_the_order_of_answers_does_not_matter() -> None:
+    tables = []
+    for order in (range(5), reversed(range(5)), (3, 0, 4, 2, 1)):
+        door = server(rows=ROWS)
+        plan = door.plan(1)
+        answers = [
+            door.check(upload(plan, f"c{k}", probabilities(ROWS, k)).to_bytes(), plan, f"c{k}", set())
+            for k in order
+        ]
+        door.combine(plan, answers)
+        tables.append(door.table)
+    np.testing.assert_array_equal(tables[0], tables[1])
+    np.testing.assert_array_equal(tables[0], tables[2])
+
+
+def test_a_server_restored_from_its_state_plans_the_same_bytes() -> None:
+    door = server(rows=ROWS, per_round=4)
+    for number in (1, 2):
+        plan = door.plan(number)
+        answers = [
+            door.check(upload(plan, f"c{k}", probabilities(4, 10 * number + k)).to_bytes(),
+                       plan, f"c{k}", set())
+            for k in range(5)
+        ]
+        door.combine(plan, answers)
+        door.vigilance.note("c1", answered=False)
+    arrays, facts = door.state_dict()
+    again = server(rows=ROWS, per_round=4)
+    again.load_state_dict(arrays, json.loads(json.dumps(facts)))
+    assert again.digest() == door.digest()
+    assert again.plan(3).to_bytes() == door.plan(3).to_bytes()
+    assert again.plan(3).clients == door.plan(3).clients
+    assert again.vigilance.misses == door.vigilance.misses
+
+
+def test_rows_that_nobody_answers_for_are_left_out_of_the_targets() -> None:
+    def silent_on_two(logits: Any, weights: Any) -> Any:
+        probs = MEAN.bound_rule()(logits, weights)
+        probs[[1, 4]] = np.nan
+        return probs
+
+    door = Server(server(rows=ROWS).proxy, ("a", "b", "c"), None,
+                  dataclasses.replace(MEAN, rule=silent_on_two), {f"c{k}": 16 for k in range(3)},
+                  seed=7)
+    plan = door.plan(1)
+    answers = [
+        door.check(upload(plan, f"c{k}", probabilities(ROWS, k)).to_bytes(), plan, f"c{k}", set())
+        for k in range(3)
+    ]
+    door.combine(plan, answers)
+    told = Plan.from_bytes(door.plan(2).to_bytes()).targets
+    assert told is not None
+    assert told.missing == (1, 4)
+    assert set(plan.ask.rows()) - set(told.rows()) == set(plan.ask.rows()[[1, 4]])
+    assert (door.stamp > 0).sum() == ROWS - 2
