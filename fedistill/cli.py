@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from fedistill.errors import FedistillError
+
+# Plain help takes half the time of styled help; else typer would still escape brackets for rich.
+typer.core.HAS_RICH = False
 
 INTERRUPTED = 130
 
@@ -20,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    suggest_commands=False,
     rich_markup_mode=None,
 )
 
@@ -74,7 +79,7 @@ def list_(
 
     if kind is not None and kind not in catalog.TABLES:
         text = f'unknown kind "{kind}"{did_you_mean(kind, catalog.TABLES)}'
-        raise SettingsError([Problem("list", text)], "usage")
+        raise SettingsError([Problem("list", text)])
     for shown in [kind] if kind else list(catalog.TABLES):
         names = catalog.known(shown)
         width = max(len(name) for name in names)

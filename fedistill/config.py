@@ -64,14 +64,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
         hint = "expected a settings file, found none: fedistill new FILE.toml writes one"
-        raise SettingsError([Problem(str(path), hint)], "settings") from None
+        raise SettingsError([Problem(str(path), hint)]) from None
     except (OSError, UnicodeDecodeError) as error:
         hint = f"expected a readable UTF-8 text file ({type(error).__name__})"
-        raise SettingsError([Problem(str(path), hint)], "settings") from None
+        raise SettingsError([Problem(str(path), hint)]) from None
     return parse(text, overrides, source=str(path))
 
 
-def parse(text: str, overrides: Sequence[str] = (), source: str = "settings") -> Settings:
+def parse(text: str, overrides: Sequence[str] = (), source: str = "") -> Settings:
     """As :func:`load`, from the text of the file."""
     try:
         raw = tomllib.loads(text)
@@ -87,6 +87,8 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "settings") ->
     if settings is not None:
         problems.extend(contradictions(settings, lines))
     if problems:
+        given = {override.partition("=")[0].strip() for override in overrides}
+        problems = [Problem(p.key, p.text) if p.key in given else p for p in problems]
         problems.sort(key=lambda problem: problem.line or 0)
         raise SettingsError(problems, source)
     assert isinstance(settings, Settings)

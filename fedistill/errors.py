@@ -59,11 +59,13 @@ class SettingsError(FedistillError):
 
     exit_code = 2
 
-    def __init__(self, problems: Sequence[Problem], source: str = "settings") -> None:
+    def __init__(self, problems: Sequence[Problem], source: str = "") -> None:
         self.problems = tuple(problems)
-        noun = "problem" if len(self.problems) == 1 else "problems"
-        lines = "\n".join(f"  {problem}" for problem in self.problems)
-        super().__init__(f"{source}: {len(self.problems)} {noun}\n{lines}")
+        if len(self.problems) == 1:
+            super().__init__(f"{source}, {self.problems[0]}" if source else str(self.problems[0]))
+            return
+        lines = "".join(f"\n  {problem}" for problem in self.problems)
+        super().__init__(f"{source or 'settings'}: {len(self.problems)} problems{lines}")
 
 
 class Rejected(FedistillError):

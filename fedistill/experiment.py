@@ -29,6 +29,9 @@ from fedistill.types import ProxySet
 
 Summary = dict[str, Any]
 
+STUDENT_WIDTH = 128
+"""Width of the server's student where the settings are silent: it learns from all sites."""
+
 
 class Watch(Protocol):
     """Something that shows a run while it goes on."""
@@ -179,9 +182,13 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
         )
     left_out: dict[str, Summary] = {}
     if settings.evaluation.leave_one_out:
+        # Every site stays among the tests: it is measured, and the groups keep their clients.
+        everyone = dict.fromkeys([*federated.tests, *federated.parts])
+        tests = {name: federated.tests.get(name, federated.dataset.test) for name in everyone}
         for site in federated.parts:
             rest = dataclasses.replace(
-                federated, parts={k: v for k, v in federated.parts.items() if k != site}
+                federated, parts={k: v for k, v in federated.parts.items() if k != site},
+                tests=tests,
             )
             home = folder / "leave-one-out" / site
             left_out[site] = run_one(
@@ -321,7 +328,11 @@ def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) ->
     wanted = settings.student.model or settings.clients.model
     kind = wanted if wanted in {"linear", "mlp", "lenet", "cnn"} else "mlp"
     return models.factory(
-        kind, shape, classes, width=settings.student.width or 128, depth=settings.student.depth or 1
+        kind,
+        shape,
+        classes,
+        width=settings.student.width or STUDENT_WIDTH,
+        depth=settings.student.depth or 1,
     )
 
 

@@ -205,7 +205,7 @@ def method(name: str, **changes: Any) -> Method:
             Problem("method.codec", f'unknown codec "{codec}"' + did_you_mean(codec, CODECS))
         )
     if problems:
-        raise SettingsError(problems, "method")
+        raise SettingsError(problems)
     client = dict(chosen.client) | {k: v for k, v in changes.items() if k in training}
     result = dataclasses.replace(
         chosen, **({k: v for k, v in changes.items() if k in own} | {"client": client})

@@ -171,9 +171,10 @@ class MethodSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(TrainOverrides):
-    """The server's student, taught by soft targets alone; what is not set, the method decides."""
+    """The server's student, taught by soft targets alone.
 
-    width: int | None = setting(128, "hidden units, or channels of a cnn", low=1)
+    What is not set, the method decides; the kind of model is that of [clients], 128 wide.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,11 +64,11 @@ def write_starter(path: Path, example: str) -> None:
     """
     if example not in EXAMPLES:
         text = f'unknown example "{example}"{did_you_mean(example, EXAMPLES)}'
-        raise SettingsError([Problem("--example", text)], "usage")
+        raise SettingsError([Problem("--example", text)])
     if path.exists():
-        raise SettingsError([Problem(str(path), "exists already: choose another name")], "usage")
+        raise SettingsError([Problem(str(path), "exists already: choose another name")])
     if not path.parent.is_dir():
-        raise SettingsError([Problem(str(path.parent), "no such folder: create it first")], "usage")
+        raise SettingsError([Problem(str(path.parent), "no such folder: create it first")])
     text = textwrap.dedent(EXAMPLES[example]).strip()
     settings = config.parse(text)
     title = text.splitlines()[0]

@@ -47,6 +47,7 @@ def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> Non
             link.unlink(missing_ok=True)
             os.link(path, link)
             link.replace(previous(path))
+            link.unlink(missing_ok=True)  # both were one file: the rename did nothing
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:

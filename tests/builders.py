@@ -233,3 +233,10 @@ width = 8
 device = "cpu"
 """)
     return path
+
+
+def command_line(arguments: list[str]) -> None:
+    """``fedistill ARGUMENTS`` in a process of its own."""
+    from fedistill.cli import main
+
+    main(arguments)

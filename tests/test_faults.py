@@ -1215,6 +1215,7 @@ def test_presets_named_here_exist() -> None:
     strict=True,
     reason="typer 0.20 turns Ctrl-C into its own Exit(130), so cli.main never says its sentence",
 )
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # typer on click 8.4
 @pytest.mark.parametrize("number", [60])
 def test_an_interrupted_command_says_how_to_go_on(
     number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -96,13 +96,10 @@ def test_a_whole_run_of_arbitrary_bytes_ends_with_the_quorum_and_nothing_else(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedistill.federation.time.sleep", lambda seconds: None)
-        fed = CACHED[0]
+        fed = federation()
         with pytest.raises(QuorumError):
             list(fed.run(1, backend=tampered(noise)))
     assert fed.server.round == 0
-
-
-CACHED = [federation()]
 
 
 @pytest.mark.parametrize("good", range(6))

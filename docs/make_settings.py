@@ -1,0 +1,188 @@
+"""Write the generated parts of settings.md: ``python docs/make_settings.py``.
+
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; all other text of the page
+is written by hand and left alone. The parts come from the same tables that the program reads, and
+``tests/docs`` fails when the page and the program disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedistill import catalog, config
+from fedistill.cli import app
+from fedistill.presets import METHODS
+
+PAGE = Path(__file__).with_name("settings.md")
+PART = re.compile(r"(<!-- generated: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+SHOWN_APART = {"loss", "distil", "optimizer", "schedule"}
+
+
+def sections() -> Iterator[tuple[str, type[Any]]]:
+    """The settings' tables by TOML name: "" for the top, then each section and its groups."""
+    pending: list[tuple[str, type[Any]]] = [("", config.Settings)]
+    while pending:
+        name, kind = pending.pop(0)
+        yield name, kind
+        pending += [
+            (f"{name}.{item.name}".lstrip("."), inner)
+            for item in dataclasses.fields(kind)
+            if (inner := table_of(kind, item.name)) is not None
+        ]
+
+
+def table_of(kind: type[Any], name: str) -> type[Any] | None:
+    """The dataclass behind a key that holds a table, or a list of tables."""
+    hint = typing.get_type_hints(kind)[name]
+    if typing.get_origin(hint) is tuple:
+        hint = typing.get_args(hint)[0]
+    return hint if dataclasses.is_dataclass(hint) else None
+
+
+def keys(kind: type[Any]) -> Iterator[dataclasses.Field[Any]]:
+    """The keys of a table that hold plain values."""
+    return (item for item in dataclasses.fields(kind) if table_of(kind, item.name) is None)
+
+
+def settings_table(kind: type[Any]) -> str:
+    """A line for every key: its default, its range, its meaning."""
+    hints = typing.get_type_hints(kind)
+    rows = [
+        [f"`{item.name}`", default(item), allowed(item, hints[item.name]), item.metadata["doc"]]
+        for item in keys(kind)
+    ]
+    return markdown(["key", "default", "values", "meaning"], rows)
+
+
+def default(item: dataclasses.Field[Any]) -> str:
+    """The value where a file is silent."""
+    return "not set" if item.default is None else f"`{config.to_value(item.default)}`"
+
+
+def allowed(item: dataclasses.Field[Any], hint: Any) -> str:
+    """The kind of value and its limits."""
+    limits = item.metadata
+    if isinstance(limits["choices"], str):
+        kind = limits["choices"]
+        return f"one of the [{kind}](#{kind})"
+    if limits["choices"]:
+        return ", ".join(f"`{choice}`" for choice in limits["choices"])
+    bounds = [
+        f"above {limits['above']:g}" if limits["above"] is not None else "",
+        f"at least {limits['low']:g}" if limits["low"] is not None else "",
+        f"at most {limits['high']:g}" if limits["high"] is not None else "",
+    ]
+    return ", ".join([words(hint), *filter(None, bounds)])
+
+
+def words(hint: Any) -> str:
+    """A type as a reader calls it."""
+    if typing.get_origin(hint) is tuple:
+        return f"list of {words(typing.get_args(hint)[0])}s"
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join(WORDS[option] for option in options if option is not types.NoneType)
+
+
+def names_table(kind: str) -> str:
+    """A line for every name of one kind, as ``fedistill list`` has them."""
+    rows = [[f"`{name}`", catalog.summary(kind, name)] for name in catalog.known(kind)]
+    return markdown(["name", "what it is"], rows)
+
+
+def methods_table() -> str:
+    """What each method is made of."""
+    rows = []
+    for method in METHODS.values():
+        talks = method.exchange == "predictions"
+        seams = [f"`{method.rule}`", f"`{method.codec}`", f"{method.memory:g}"]
+        clients = settled(method.client)
+        rows.append(
+            [f"`{method.name}`", *(seams if talks else ["–"] * 3), clients, settled(method.student)]
+        )
+    return markdown(["method", "rule", "codec", "memory", "clients", "student"], rows)
+
+
+def papers_list() -> str:
+    """Where each method comes from, and where it departs from there."""
+    lines = []
+    for method in METHODS.values():
+        end = f" Deviations: {method.deviations}." if method.deviations else ""
+        paper = f" {method.paper}." if method.paper else ""
+        lines.append(f"- `{method.name}`: {method.summary}.{paper}{end}")
+    return "\n".join(lines)
+
+
+def settled(changes: Mapping[str, Any]) -> str:
+    """What a method fixes of the training."""
+    return ", ".join(
+        f"{key} {value}" if key in SHOWN_APART else f"{key} {value:g}"
+        for key, value in changes.items()
+    ) or "–"
+
+
+def command_text(name: str) -> str:
+    """Usage, help and options of one command, from the program itself."""
+    command = commands()[name]
+    context = command.make_context(name, [], resilient_parsing=True)
+    usage = " ".join(["fedistill", name, *command.collect_usage_pieces(context)])
+    rows = [
+        [
+            "`" + ", ".join([*item.opts]) + ("" if item.is_flag else f" {metavar(item)}") + "`",
+            (item.help or "").rstrip("."),
+        ]
+        for item in command.params
+        if item.param_type_name == "option"
+    ]
+    table = markdown(["option", "does"], [*rows, ["`--help`", "Show the command's help"]])
+    return f"```text\n{usage}\n```\n\n{command.help}\n\n{table}"
+
+
+def metavar(item: Any) -> str:
+    """What stands for an option's value."""
+    return item.metavar or {"integer": "N", "path": "PATH"}.get(item.type.name, "TEXT")
+
+
+def commands() -> Mapping[str, Any]:
+    """The commands of the program by name."""
+    found: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    return found
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+def parts() -> dict[str, Callable[[], str]]:
+    """What can be generated, by name."""
+    found: dict[str, Callable[[], str]] = {
+        f"[{name}]" if name else "top": lambda kind=kind: settings_table(kind)  # type: ignore[misc]
+        for name, kind in sections()
+    }
+    found |= {kind: lambda kind=kind: names_table(kind) for kind in catalog.TABLES}  # type: ignore[misc]
+    found |= {name: lambda name=name: command_text(name) for name in commands()}  # type: ignore[misc]
+    return found | {"methods in full": methods_table, "papers": papers_list}
+
+
+def render(page: str) -> str:
+    """The page with every generated part written afresh.
+
+    Raises:
+        KeyError: the page has a part that nothing makes.
+    """
+    makers = parts()
+    return PART.sub(lambda m: f"{m[1]}\n{makers[m[2]]()}\n\n{m[4]}", page)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
