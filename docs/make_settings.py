@@ -89,7 +89,8 @@ def words(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
         return f"list of {words(typing.get_args(hint)[0])}s"
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return " or ".join(WORDS[option] for option in options if option is not types.NoneType)
+    known = [option for option in options if option is not types.NoneType]
+    return WORDS[float] if float in known else " or ".join(WORDS[option] for option in known)
 
 
 def names_table(kind: str) -> str:
@@ -160,7 +161,9 @@ def commands() -> Mapping[str, Any]:
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines
+    )
 
 
 def parts() -> dict[str, Callable[[], str]]:

@@ -24,7 +24,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    suggest_commands=False,
     rich_markup_mode=None,
 )
 
@@ -45,7 +44,10 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run folder.")] = False,
 ) -> None:
-    """Run an experiment: the round table live, then a run folder with a report."""
+    """Run an experiment.
+
+    Shows the round table live and writes a run folder with a report.
+    """
     from fedistill import experiment
     from fedistill.report import RoundTable
 
@@ -59,7 +61,10 @@ def run(
 
 @app.command()
 def check(file: File, overrides: Overrides = None) -> None:
-    """Validate a settings file without training: all problems at once, then the plan."""
+    """Check a settings file and print its plan.
+
+    All problems at once; clients, rows and bytes per round against FedAvg. Trains nothing.
+    """
     from fedistill import config
 
     settings = config.load(file, overrides or [])
@@ -73,7 +78,7 @@ def check(file: File, overrides: Overrides = None) -> None:
 def list_(
     kind: Annotated[str | None, typer.Argument(help="One kind, e.g. rules.")] = None,
 ) -> None:
-    """List what can be named in settings: methods, rules, codecs, models, sources, ..."""
+    """List what can be named in settings."""
     from fedistill import catalog
     from fedistill.errors import Problem, SettingsError, did_you_mean
 
@@ -94,7 +99,7 @@ def list_(
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
 ) -> None:
-    """Write RUN/report.html afresh from what the run folder holds."""
+    """Write the report of a run folder afresh."""
     from fedistill.report import write_report
 
     typer.echo(f"report: {write_report(folder)}")
@@ -107,7 +112,7 @@ def compare(
         "comparison.html"
     ),
 ) -> None:
-    """Compare runs: a table side by side, and a page with the plot."""
+    """Compare runs: a table, and a page with plots."""
     from rich.console import Console
 
     from fedistill.report import compare as compare_runs
