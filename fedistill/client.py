@@ -7,7 +7,6 @@ twice for one round it returns the same stored bytes.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 
 from fedistill import store
 from fedistill.aggregate.rules import softmax
+from fedistill.data.overlap import overlap
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import CheckpointError, DataError, Rejected, RunError
@@ -292,12 +292,5 @@ def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str
     met = len(np.unique(client.data.labels))
     if met == 1 < classes:
         yield f"{client.id} has rows of one class only"
-    public = {_digest(row) for row in proxy.inputs}
-    if shared := sum(_digest(row) in public for row in client.data.inputs):
+    if shared := len(overlap(client.data.inputs, proxy.inputs)):
         yield f"{client.id} has {shared} private rows that are also proxy rows"
-
-
-def _digest(row: FloatArray) -> bytes:
-    return hashlib.blake2b(
-        np.ascontiguousarray(row, dtype="<f4").tobytes(), digest_size=16
-    ).digest()

@@ -108,7 +108,6 @@ METHODS: Mapping[str, Method] = {
             client={
                 "distil": "inside",
                 "average": 0.95,
-                "mixup": 1.0,
                 "momentum": 0.75,
                 "scarce_rows": 80,
             },

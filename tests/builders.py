@@ -86,7 +86,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return timeless(json.loads(line) for line in path.read_text().splitlines())
 
 
-# --- learners that say what they are told ------------------------------------------------------
+# --- learners that say what they are told --------------------------------------------------------
 
 
 class Saying:
@@ -116,7 +116,7 @@ def saying(name: str, logits: Any, rows: int = 20) -> Client:
     return Client(name, lambda: Saying(logits), gaussian(rows, len(name)))
 
 
-# --- messages ----------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 def reseal(message: bytes, payload: bytes | None = None, **changes: Any) -> bytes:
@@ -164,7 +164,7 @@ def upload(plan: Plan, name: str, probs: Any, **changes: Any) -> Upload:
     return Upload(**(given | changes))
 
 
-# --- backends that go wrong --------------------------------------------------------------------
+# --- backends that go wrong ----------------------------------------------------------------------
 
 
 class Tampered:
@@ -201,7 +201,7 @@ def only(victim: str, change: Callable[[bytes, Plan], Any]) -> Change:
     return apply
 
 
-# --- a settings file ---------------------------------------------------------------------------
+# --- a settings file -----------------------------------------------------------------------------
 
 
 def write_settings(folder: Path, rounds: int = 4, **changes: Any) -> Path:

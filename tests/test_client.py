@@ -39,7 +39,7 @@ def begun(tmp_path: Path | None = None, **options: Any) -> Any:
     return fed
 
 
-# --- asked twice -----------------------------------------------------------------------------------
+# --- asked twice ---------------------------------------------------------------------------------
 
 
 def test_the_same_plan_twice_gives_the_same_bytes_and_trains_once() -> None:
@@ -141,7 +141,7 @@ def test_a_client_id_that_is_no_plain_name_is_refused(name: str) -> None:
         Client(name, lambda: None, gaussian(3, 1))
 
 
-# --- nothing private gets out -------------------------------------------------------------------------
+# --- nothing private gets out --------------------------------------------------------------------
 
 
 def marked(count: int, seed: int) -> tuple[Rows, list[bytes]]:

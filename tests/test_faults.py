@@ -121,7 +121,7 @@ def bomb() -> bytes:
     return b"".join(packer.compress(bytes(1 << 20)) for _ in range(64)) + packer.flush()
 
 
-# --- R: one bad message of five --------------------------------------------------------------------
+# --- R: one bad message of five ------------------------------------------------------------------
 
 REFUSED: list[tuple[int, str, str, Forge]] = [
     (1, "NaN", "nonfinite", with_value(np.nan)),
@@ -254,8 +254,9 @@ def test_a_client_that_was_not_asked_is_refused(fault: object) -> None:
     door = server(5, rows=ROWS, participation=0.6)
     plan = door.plan(1)
     uninvited = next(name for name in door.enrolled if name not in plan.clients)
+    message = upload(plan, uninvited, probabilities(ROWS, 1)).to_bytes()
     with pytest.raises(Rejected) as caught:
-        door.check(upload(plan, uninvited, probabilities(ROWS, 1)).to_bytes(), plan, uninvited, set())
+        door.check(message, plan, uninvited, set())
     assert caught.value.reason == "not_sampled"
 
 
@@ -291,7 +292,7 @@ def test_equal_weights_do_not_look_at_the_number_of_rows(fault: object) -> None:
     np.testing.assert_array_equal(*tables)
 
 
-# --- predictions that are valid and useless ----------------------------------------------------------
+# --- predictions that are valid and useless ------------------------------------------------------
 
 
 def combined(predictions: list[Any]) -> tuple[Any, Any]:
@@ -337,7 +338,7 @@ def test_certainty_on_every_row_is_flagged_and_gets_a_floor(fault: object) -> No
     np.testing.assert_allclose(table, (a + b + 0.99 * sure + 0.01 / 3) / 3, atol=1e-6)
 
 
-# --- a model that predicts nonsense: refused at its own site, before anything is sent -----------------
+# --- a model that predicts nonsense: refused at its own site, before anything is sent ----------
 
 
 def broken_model(logits: Any) -> tuple[Any, dict[str, Any]]:
@@ -390,7 +391,7 @@ def test_a_model_that_predicts_nonsense_costs_its_site_the_round_and_nobody_else
 
 
 @fault(3)
-def test_a_single_logit_beyond_1e4_is_clipped_and_its_row_stays_a_probability(fault: object) -> None:
+def test_a_single_logit_beyond_1e4_is_clipped_and_stays_a_probability(fault: object) -> None:
     people = [*participants(3), saying("site-9", logits_with(6e4))]
     fed = federation(people, method=replace(MEAN, name="mean"), proxy=proxy(200))
     row = next(iter(fed.run(1)))
@@ -419,7 +420,7 @@ def test_familiarity_that_is_no_number_is_refused_too(fault: object) -> None:
     assert next(iter(federation(people).run(1)))["dropped"] == {"site-9": "nonfinite"}
 
 
-# --- the stock-strategy table, with our server --------------------------------------------------------
+# --- the stock-strategy table, with our server ---------------------------------------------------
 
 SHARE = np.array([0.1, 0.2, 0.4, 0.5])
 """What four honest sites say about class 0, for 1, 2, 4 and 5 of the table; their mean is 0.3."""
@@ -432,10 +433,8 @@ def about(first: float) -> Any:
 
 
 STOCK: list[tuple[str, Forge, str | None]] = [
-    ("NaN array", lambda p, x: upload(p, "c4", x, payload=floats(np.full_like(x, np.nan))).to_bytes(),
-     "nonfinite"),
-    ("Inf", lambda p, x: upload(p, "c4", x, payload=floats(np.full_like(x, np.inf))).to_bytes(),
-     "nonfinite"),
+    ("NaN array", with_payload(lambda x: floats(np.full_like(x, np.nan))), "nonfinite"),
+    ("Inf", with_payload(lambda x: floats(np.full_like(x, np.inf))), "nonfinite"),
     ("a row more", with_rows((ROWS + 1, 3)), "shape"),
     ("broadcastable", with_rows((1, 3)), "shape"),
     ("float64 that says so", lambda p, x: upload(p, "c4", x, codec="float64").to_bytes(), "codec"),
@@ -477,7 +476,7 @@ def test_five_bad_of_five_is_a_shortage_and_not_a_crash(kind: str) -> None:
     assert (door.round, door.targets, door.table.any()) == (0, None, False)
 
 
-# --- participation -----------------------------------------------------------------------------------
+# --- participation -------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -610,7 +609,7 @@ def test_a_client_that_dies_half_way_through_its_upload_is_dropped(fault: object
     assert [row["clients_ok"] for row in rows] == [3, 3]
 
 
-# --- crashes, disk, state (the systematic kills are in test_kill.py) -----------------------------------
+# --- crashes, disk, state (the systematic kills are in test_kill.py) -----------------------------
 
 
 class Killed(BaseException):
@@ -708,7 +707,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_it_resumes_to_the_same_en
     list(whole.run(2, held_out(), out=tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr(store, "save_state", _fail_at(store.save_state, when))
-        with pytest.raises(RunError, match=r"disk full while writing .*: free some space") as caught:
+        with pytest.raises(RunError, match=r"disk full while writing .*: free") as caught:
             list(federation().run(2, held_out(), out=tmp_path / "run"))
     assert caught.value.exit_code == 3
     assert not list((tmp_path / "run").rglob("*.tmp"))
@@ -877,7 +876,7 @@ def test_a_checkpoint_of_a_newer_format_says_what_it_needs(
         list(federation().run(2, out=tmp_path, resume=True))
 
 
-# --- settings, clock ---------------------------------------------------------------------------------
+# --- settings, clock -----------------------------------------------------------------------------
 
 
 @fault(42)
@@ -903,7 +902,7 @@ def test_no_wall_clock_in_the_logic(fault: object, tmp_path: Path) -> None:
     source = Path(experiment.__file__).parent
     for place in source.rglob("*.py"):
         text = place.read_text()
-        assert not re.search(r"\btime\.time(_ns)?\(|datetime\.now|utcnow|time\.localtime", text), place
+        assert not re.search(r"\btime\.time(_ns)?\(|datetime\.now|utcnow|localtime", text), place
     with pytest.MonkeyPatch.context() as patch:
         ticks = iter(range(10**9))
         patch.setattr(time, "time", lambda: 1e9 + (next(ticks) % 2) * 86_400)
@@ -912,7 +911,7 @@ def test_no_wall_clock_in_the_logic(fault: object, tmp_path: Path) -> None:
     assert all(0 <= row["seconds"] < 60 for row in rows)
 
 
-# --- data ----------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 def empty() -> Rows:
@@ -994,7 +993,7 @@ SECRET = "31415926"
     [
         ("ragged", lambda p: p.write_text(f"a,b,label\n1,2,x\n{SECRET},y\n3,4,x\n"), "line 3"),
         ("no label", lambda p: p.write_text(f"a,b,label\n1,2,x\n{SECRET},4,\n3,4,y\n"), "line 3"),
-        ("infinite", lambda p: p.write_text(f"a,b,label\n1,2,x\n{SECRET},inf,y\n3,4,x\n"), "line 3"),
+        ("infinite", lambda p: p.write_text(f"a,b,label\n1,2,x\n{SECRET},inf,y\n"), "line 3"),
     ],
 )
 def test_bad_text_rows_are_named_by_their_line_and_never_shown(
@@ -1025,12 +1024,12 @@ def test_bad_rows_from_python_are_named_by_client_and_row(fault: object) -> None
     for label in (-1, 3, 31415926):
         people = participants(3)
         people[1].data.labels[5] = label
-        with pytest.raises(DataError, match="site-1.*row 5") as caught:
+        with pytest.raises(DataError, match=r"site-1.*row 5") as caught:
             federation(people)
         assert SECRET not in str(caught.value)
     people = participants(3)
     people[2].data.inputs[7, 1] = np.nan
-    with pytest.raises(DataError, match="site-2.*row 7"):
+    with pytest.raises(DataError, match=r"site-2.*row 7"):
         federation(people)
     with pytest.raises(DataError, match="equal length"):
         Rows(np.zeros((3, 2), np.float32), np.zeros(2, np.int64))
@@ -1096,7 +1095,7 @@ def test_a_site_refuses_to_work_for_a_server_that_means_something_else(
         np.testing.assert_array_equal(value, before[name])
 
 
-# --- process ---------------------------------------------------------------------------------------------
+# --- process -------------------------------------------------------------------------------------
 
 
 def command(settings: Path, out: Path, *more: str) -> list[str]:
@@ -1181,7 +1180,8 @@ def test_names_and_reasons_from_outside_cannot_write_into_the_log(
         honest = Reply(sender, message)
         if sender != "site-3":
             return honest
-        return [Failure(sender, plan.round, name), Failure(name, plan.round, name), Reply(name, message)]
+        failures = [Failure(known, plan.round, name) for known in (sender, name)]
+        return [*failures, Reply(name, message)]
 
     with caplog.at_level(logging.DEBUG):
         row = next(iter(federation().run(1, held_out(), out=tmp_path, backend=tampered(change))))
@@ -1209,6 +1209,23 @@ def test_all_errors_belong_to_one_family_with_an_exit_code() -> None:
 def test_presets_named_here_exist() -> None:
     for name in ("fedistill", "fedmd", "ds-fl", "feddf"):
         assert method(name).exchange == "predictions"
+
+
+@pytest.mark.parametrize("claim", [-20, 0, 1, 1 << 39, 1 << 60])
+@pytest.mark.parametrize("number", [19])
+def test_the_fedavg_baseline_weighs_by_enrolled_rows_whatever_is_claimed_later(
+    number: int, claim: int
+) -> None:
+    people = [replace(client, build=partial(models.Linear, 4, 3)) for client in participants(4)]
+
+    def run(size: int) -> Any:
+        fed = federation(people, method="fedavg")
+        lie = only("site-3", lambda message, plan: reseal(message, size=size))
+        list(fed.run(1, backend=tampered(lie)))
+        return fed.server.student.state_dict()
+
+    for honest, swayed in zip(run(16).values(), run(claim).values(), strict=True):
+        np.testing.assert_array_equal(swayed, honest)
 
 
 @pytest.mark.xfail(

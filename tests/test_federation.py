@@ -14,7 +14,6 @@ from builders import (
     federation,
     gaussian,
     held_out,
-    participants,
     proxy,
     server,
     timeless,
@@ -109,7 +108,7 @@ def test_a_client_without_rows_learns_and_does_not_teach():
     method = fd.method("ds-fl", distil_epochs=10)
     made = federation([*alike(3, epochs=4), empty], method=method)
     without = federation(alike(3, epochs=4), method=method)
-    rows, others = list(made.run(3, held_out())), list(without.run(3, held_out()))
+    rows, others = list(made.run(5, held_out())), list(without.run(5, held_out()))
     np.testing.assert_array_equal(made.server.table, without.server.table)
     assert [row["client_accuracy"]["empty"] for row in rows][-1] > 0.6
     assert rows[0]["clients_ok"] == 4

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from builders import federation, participants, read_lines, timeless
 
-# --- at every disk operation -------------------------------------------------------------------------
+# --- at every disk operation ---------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -62,10 +62,10 @@ def small() -> Any:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], str, int]:
     """Rows and targets of an undisturbed run, and how many operations on the disk it takes."""
-    fed = small()
+    fed, out = small(), tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         axe = Axe(patch, 0)
-        rows = timeless(fed.run(2, out=tmp_path_factory.mktemp("whole")))
+        rows = timeless(fed.run(2, out=out))
     return rows, fed.server.digest(), axe.calls
 
 
@@ -110,7 +110,7 @@ def test_killed_again_while_it_resumes_it_still_comes_to_the_same_end(
         assert again.server.digest() == digest
 
 
-# --- at random moments of a real process ---------------------------------------------------------------
+# --- at random moments of a real process ---------------------------------------------------------
 
 
 class Runner:
@@ -164,7 +164,7 @@ def facts(out: Path) -> tuple[list[dict[str, Any]], str, str]:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int) -> Iterator[tuple[int, Any, Any]]:
-    """Runs that are killed up to three times and then end: number of kills, facts, expected ones."""
+    """Runs that are killed up to three times and then end: kills, facts, expected facts."""
     runner = Runner(folder, rounds=6)
     runner.finish(folder / "warm")  # the first one waits for the imports
     seconds = runner.finish(folder / "whole")

@@ -84,6 +84,20 @@ def test_clients_learn_familiarity_only_where_the_rule_wants_it():
     assert not fd.method("local").client_recipe(Recipe()).familiarity
 
 
+def test_clients_calibrate_only_where_the_rule_asks_for_the_classes_seen():
+    method = fd.method("ds-fl", rule="calibrated")
+    assert method.client_recipe(Recipe()).calibrate
+    assert not method.student_recipe(Recipe()).calibrate
+    assert not fd.method("ds-fl").client_recipe(Recipe()).calibrate
+
+
+def test_few_own_rows_make_the_soft_part_weigh_more():
+    recipe = Recipe(soft_weight=0.5, scarce_rows=80)
+    assert [recipe.soft_weight_for(rows) for rows in (0, 20, 80, 1000)] == [40.0, 2.0, 0.5, 0.5]
+    assert Recipe(soft_weight=0.5).soft_weight_for(1) == 0.5
+    assert Recipe(soft_weight=0.0, scarce_rows=80).soft_weight_for(1) == 0.0
+
+
 def test_what_a_preset_leaves_open_comes_from_the_client():
     base = Recipe(lr=0.3, epochs=9, batch_size=3)
     found = fd.method("ds-fl").client_recipe(base)

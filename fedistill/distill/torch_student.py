@@ -52,7 +52,10 @@ class WithFamiliarity(nn.Module):
             logits = module(example)
         module.train(was_training)
         features = logits if self._features is None else self._features
-        self.score = nn.Linear(features.shape[-1], 1)
+        # Not initialised, for that would draw from the global generator; it starts at zero.
+        self.score: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+            nn.Linear, features.shape[-1], 1
+        )
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 

@@ -90,11 +90,13 @@ def test_images_keep_the_promises_of_a_learner():
 # --- seeds ---------------------------------------------------------------------------------------
 
 
-def test_building_training_and_predicting_leave_the_global_generators_alone():
+@pytest.mark.parametrize("familiarity", [False, True])
+def test_building_training_and_predicting_leave_the_global_generators_alone(familiarity):
     torch.manual_seed(11)
     np.random.seed(11)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    taught(student(Dropping, mixup=1.0)).predict(PUBLIC)
+    learner = student(Dropping, mixup=1.0, familiarity=familiarity, background=PUBLIC)
+    taught(learner).predict(PUBLIC)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 
@@ -242,6 +244,20 @@ def test_every_optimizer_learns(optimizer):
     learner = student(optimizer=optimizer, lr=0.05, epochs=10)
     learner.fit(gaussian(90, 4), seed=1)
     assert accuracy(learner, gaussian(100, 5)) > 0.7
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_weight_decay_shrinks_matrices_and_leaves_vectors(optimizer):
+    blank = Rows(np.zeros((8, INPUTS), np.float32), np.zeros(8, np.int64))
+    norms = {}
+    for decay in (0.0, 0.5):
+        learner = student(partial(models.Linear, INPUTS, 3), optimizer=optimizer, epochs=5,
+                          weight_decay=decay, lr=0.01)
+        learner.fit(blank, seed=1)
+        head = learner.module.head
+        norms[decay] = float(head.weight.detach().norm()), head.bias.detach().numpy().copy()
+    assert norms[0.5][0] < 0.999 * norms[0.0][0]
+    np.testing.assert_array_equal(norms[0.5][1], norms[0.0][1])
 
 
 # --- batch statistics ----------------------------------------------------------------------------

@@ -103,11 +103,12 @@ def train(teacher, rows, lesson, proxy, classes, recipe, seed):
         else:
             other, wanted = tensor(proxy[taught[drawn[step]]]), tensor(targets[drawn[step]])
             loss = loss + strength * entropy_to(wanted, teacher.forward(other)[0])
-            mixed, between = mixture(
-                torch.cat([own, other]), torch.cat([labels, wanted]), size, recipe.mixup,
-                generator(seed, "mix", step),
-            )
-            loss = loss + strength * entropy_to(between, teacher.forward(mixed)[0])
+            if recipe.mixup:
+                mixed, between = mixture(
+                    torch.cat([own, other]), torch.cat([labels, wanted]), size, recipe.mixup,
+                    generator(seed, "mix", step),
+                )
+                loss = loss + strength * entropy_to(between, teacher.forward(mixed)[0])
         elsewhere = teacher.forward(other)[1]
         loss = loss - F.logsigmoid(score).mean() - F.logsigmoid(-elsewhere).mean()
         gradients = clipped_gradients(loss, teacher.weights, recipe.clip)
@@ -121,7 +122,7 @@ def train(teacher, rows, lesson, proxy, classes, recipe, seed):
 
 
 class Student:
-    """The server's model: Adam with a falling rate, on mixtures of the soft targets' rows."""
+    """The server's model: Adam with a falling rate, on the soft targets, mixed or not."""
 
     def __init__(self, factory, seed, recipe):
         self.model, self.recipe = build(factory, seed), recipe
@@ -144,10 +145,11 @@ class Student:
                 len(taught), (steps, size), p=weights / weights.sum()
             )
         for step, batch in enumerate(batches):
-            inputs, wanted = mixture(
-                tensor(proxy[taught[batch]]), tensor(targets[batch]), len(batch), recipe.mixup,
-                generator(seed, "mix", step),
-            )
+            inputs, wanted = tensor(proxy[taught[batch]]), tensor(targets[batch])
+            if recipe.mixup:
+                inputs, wanted = mixture(
+                    inputs, wanted, len(batch), recipe.mixup, generator(seed, "mix", step)
+                )
             loss = entropy_to(wanted, self.model(inputs))
             gradients = clipped_gradients(loss, self.weights, recipe.clip)
             self.adam(gradients, recipe.lr * 0.5 * (1 + math.cos(math.pi * step / len(batches))))

@@ -99,7 +99,7 @@ def test_confident_predictions_weigh_a_fraction_of_that() -> None:
     assert len(packed) < 8_000
 
 
-# --- payloads that are not what they say -------------------------------------------------------
+# --- payloads that are not what they say ---------------------------------------------------------
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
@@ -108,7 +108,7 @@ def test_any_bytes_unfold_to_the_size_that_was_said_or_are_refused(data: bytes, 
     try:
         content = codec.unpack(data, size)
     except Rejected as refusal:
-        assert refusal.reason in {"truncated", "shape"}
+        assert refusal.reason in {"truncated", "shape"}  # noqa: PT017
     else:
         assert len(content) == size
 

@@ -44,7 +44,8 @@ UPLOAD = Upload(
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
 
@@ -252,7 +253,8 @@ def test_an_upload_with_any_field_more_is_refused(name: str, value: Any) -> None
     with pytest.raises(Rejected) as caught:
         Upload.from_bytes(reseal(UPLOAD.to_bytes(), **{name: value}))
     assert caught.value.reason == "fields"
-    assert len(str(caught.value)) < 120
+    assert len(str(caught.value)) < 500
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("name", UPLOAD_FIELDS)
