@@ -124,10 +124,13 @@ def papers_list() -> str:
 
 def settled(changes: Mapping[str, Any]) -> str:
     """What a method fixes of the training."""
-    return ", ".join(
-        f"{key} {value}" if key in SHOWN_APART else f"{key} {value:g}"
-        for key, value in changes.items()
-    ) or "–"
+    return (
+        ", ".join(
+            f"{key} {value}" if key in SHOWN_APART else f"{key} {value:g}"
+            for key, value in changes.items()
+        )
+        or "–"
+    )
 
 
 def command_text(name: str) -> str:

@@ -187,7 +187,8 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
         tests = {name: federated.tests.get(name, federated.dataset.test) for name in everyone}
         for site in federated.parts:
             rest = dataclasses.replace(
-                federated, parts={k: v for k, v in federated.parts.items() if k != site},
+                federated,
+                parts={k: v for k, v in federated.parts.items() if k != site},
                 tests=tests,
             )
             home = folder / "leave-one-out" / site

@@ -35,7 +35,10 @@ def call(capsys, monkeypatch):
 def command(*arguments, **options):
     return subprocess.run(
         [sys.executable, "-m", "fedistill", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, **options,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
     )
 
 
@@ -60,8 +63,9 @@ def test_bad_input_is_a_sentence_and_never_a_traceback(name, verb, call, tmp_pat
     if text is not None:
         path.write_text(text)
     code, out, err = call(verb, path)
-    assert code == (3 if "source" in name or name in {"bad path", "bad model",
-                                                      "too many proxy rows"} else 2)
+    assert code == (
+        3 if "source" in name or name in {"bad path", "bad model", "too many proxy rows"} else 2
+    )
     assert told in err
     assert err.startswith("fedistill: ")
     assert "Traceback" not in out + err
@@ -169,8 +173,9 @@ def test_run_writes_the_folder_and_resume_goes_on(call, tmp_path):
     code, told, err = call("run", path, "--out", out, "--set", "clients.epochs=1")
     assert code == 0, err
     assert f"report: {out / 'report.html'}" in told
-    code, *_ = call("run", path, "--out", out, "--set", "clients.epochs=1", "--resume",
-                    "--rounds", "2")
+    code, *_ = call(
+        "run", path, "--out", out, "--set", "clients.epochs=1", "--resume", "--rounds", "2"
+    )
     assert code == 0
     assert len((out / "rounds.jsonl").read_text().splitlines()) == 2
     code, _, err = call("run", path, "--out", out, "--resume", "--seed", "9")
@@ -192,6 +197,7 @@ def test_a_folder_without_a_run_is_told(verb, call, tmp_path):
 
 def test_a_surprise_keeps_its_traceback(monkeypatch, call):
     """Only what we foresee becomes a sentence; a bug of ours must not hide."""
+
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 

@@ -70,8 +70,10 @@ def test_a_key_that_resembles_nothing_is_told_the_known_ones():
     (told,) = problems("[qqqq]\n")
     assert told.startswith("line 1: qqqq: unknown key; known sections: seed, rounds, data, proxy")
     (told,) = problems("[backend]\nzzzzzz = 1")
-    assert told == "line 2: backend.zzzzzz: unknown key; known: device, max_message_mb, " \
-        "name, threads" or told.startswith("line 2: backend.zzzzzz: unknown key; known: ")
+    assert (
+        told == "line 2: backend.zzzzzz: unknown key; known: device, max_message_mb, name, threads"
+        or told.startswith("line 2: backend.zzzzzz: unknown key; known: ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,10 @@ def test_a_key_that_resembles_nothing_is_told_the_known_ones():
         ("[data]\ndrop = 'a'", 'data.drop: expected a list, found a text ("a")'),
         ("[data]\ndrop = [1]", "data.drop.0: expected a text, found a whole number (1)"),
         ("[clients]\nlr = []", "clients.lr: expected a number, found a list"),
-        ("[data]\ntest_rows = 'x'",
-         'data.test_rows: expected a whole number or a number, found a text ("x")'),
+        (
+            "[data]\ntest_rows = 'x'",
+            'data.test_rows: expected a whole number or a number, found a text ("x")',
+        ),
     ],
 )
 def test_a_wrong_type_names_both_types(text, told):
@@ -100,9 +104,7 @@ def test_infinity_and_nan_are_refused():
         assert "expected a finite number" in told
 
 
-@pytest.mark.parametrize(
-    ("section", "item"), FIELDS, ids=lambda part: getattr(part, "name", part)
-)
+@pytest.mark.parametrize(("section", "item"), FIELDS, ids=lambda part: getattr(part, "name", part))
 def test_every_limit_of_every_setting_is_kept(section, item):
     limits = item.metadata
     bad = []
@@ -129,8 +131,17 @@ def test_every_limit_of_every_setting_is_kept(section, item):
             assert getattr(getattr(found, section), item.name) == edge
 
 
-@pytest.mark.parametrize("zero", ["clients.epochs", "clients.momentum", "clients.clip",
-                                  "clients.weight_decay", "proxy.per_round", "student.epochs"])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        "clients.epochs",
+        "clients.momentum",
+        "clients.clip",
+        "clients.weight_decay",
+        "proxy.per_round",
+        "student.epochs",
+    ],
+)
 def test_zero_is_a_number_and_not_an_absence(zero):
     section, name = zero.split(".")
     found = getattr(getattr(parse(f"[{section}]\n{name} = 0"), section), name)
@@ -177,7 +188,7 @@ def test_an_absent_file_and_a_binary_one(tmp_path):
 
 def test_lines_of_keys_in_every_notation():
     lines = config.key_lines(
-        "a = 1\n[t]  # table\nb.c = 2\n\n[[x.y]]\nk = 1\n[[x.y]]\n  k = 2\n[ s . u ]\n\"q\" = 1\n"
+        'a = 1\n[t]  # table\nb.c = 2\n\n[[x.y]]\nk = 1\n[[x.y]]\n  k = 2\n[ s . u ]\n"q" = 1\n'
     )
     assert lines[("a",)] == 1
     assert lines[("t",)] == 2
@@ -192,10 +203,18 @@ def test_lines_of_keys_in_every_notation():
 
 def test_overrides_win_and_take_toml_or_plain_words():
     text = "rounds = 3\n[clients]\nalpha = 0.5\n[[clients.group]]\ncount = 1"
-    found = parse(text, [
-        "rounds=9", "clients.model=linear", "clients.alpha = 2", 'data.drop=["a", "b"]',
-        "clients.group.0.lr=0.5", "data.source=csv:x=y.csv", "student.width=7",
-    ])
+    found = parse(
+        text,
+        [
+            "rounds=9",
+            "clients.model=linear",
+            "clients.alpha = 2",
+            'data.drop=["a", "b"]',
+            "clients.group.0.lr=0.5",
+            "data.source=csv:x=y.csv",
+            "student.width=7",
+        ],
+    )
     assert found.rounds == 9
     assert found.clients.model == "linear"
     assert found.clients.alpha == 2.0
@@ -239,7 +258,11 @@ epochs = 0
 """).clients
     found = config.client_settings(clients, ["a", "b", "c", "d", "e"])
     assert {name: train.width for name, train in found.items()} == {
-        "a": 8, "b": 64, "c": 8, "d": 64, "e": 64
+        "a": 8,
+        "b": 64,
+        "c": 8,
+        "d": 64,
+        "e": 64,
     }
     assert found["b"].model == "linear"
     assert found["b"].epochs == 0
@@ -262,9 +285,9 @@ def values(item, hint):
     for option in options:
         if limits["choices"] is not None and option is str:
             choices = limits["choices"]
-            found.append(st.sampled_from(
-                catalog.known(choices) if isinstance(choices, str) else choices
-            ))
+            found.append(
+                st.sampled_from(catalog.known(choices) if isinstance(choices, str) else choices)
+            )
         elif option is bool:
             found.append(st.booleans())
         elif option is str:
@@ -274,11 +297,15 @@ def values(item, hint):
             found.append(st.integers(int(low or 0), int(limits["high"] or 10**9)))
         elif option is float:
             low = limits["above"] if limits["above"] is not None else limits["low"]
-            found.append(st.floats(
-                low, limits["high"] if limits["high"] is not None else 1e9,
-                exclude_min=limits["above"] is not None, allow_nan=False,
-                allow_infinity=low is None and False,
-            ))
+            found.append(
+                st.floats(
+                    low,
+                    limits["high"] if limits["high"] is not None else 1e9,
+                    exclude_min=limits["above"] is not None,
+                    allow_nan=False,
+                    allow_infinity=low is None and False,
+                )
+            )
         elif option is type(None):
             found.append(st.none())
         elif typing.get_origin(option) is tuple:
@@ -294,9 +321,9 @@ def sections(draw):
     made = {}
     for name, kind in FREE.items():
         hints = typing.get_type_hints(kind)
-        made[name] = kind(**{
-            item.name: draw(values(item, hints[item.name])) for item in dataclasses.fields(kind)
-        })
+        made[name] = kind(
+            **{item.name: draw(values(item, hints[item.name])) for item in dataclasses.fields(kind)}
+        )
     return made
 
 
@@ -310,7 +337,8 @@ def test_whatever_is_written_reads_back_equal(made):
 def test_defaults_and_groups_read_back_equal_with_and_without_comments():
     groups = (config.GroupSettings(count=2, lr=0.5), config.GroupSettings(sites=("a", "b")))
     full = dataclasses.replace(
-        Settings(), clients=config.ClientsSettings(group=groups),
+        Settings(),
+        clients=config.ClientsSettings(group=groups),
         method=config.MethodSettings(rule="mean", sharpen="era:0.1"),
         evaluation=config.EvaluationSettings(baselines=("local",), repeats=3),
     )
@@ -321,8 +349,11 @@ def test_defaults_and_groups_read_back_equal_with_and_without_comments():
 
 
 def test_every_setting_says_what_it_means():
-    silent = [f"{section}.{item.name}" for section, item in FIELDS
-              if not item.metadata["doc"] and item.name != "group"]
+    silent = [
+        f"{section}.{item.name}"
+        for section, item in FIELDS
+        if not item.metadata["doc"] and item.name != "group"
+    ]
     assert silent == []
 
 

@@ -77,11 +77,7 @@ def test_states_of_equal_runs_are_equal_but_for_the_name_of_the_run(tmp_path: Pa
         assert one[1]["run"] != other[1]["run"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["ds-fl", pytest.param("fedistill", marks=pytest.mark.xfail(
-        strict=True, reason="TorchStudent builds WithFamiliarity outside of seeded()"))],
-)
+@pytest.mark.parametrize("name", ["ds-fl", "fedistill"])
 def test_a_run_leaves_every_global_generator_alone(name: str) -> None:
     before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
     list(federation(method=name).run(2, held_out()))

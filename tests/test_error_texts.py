@@ -47,8 +47,9 @@ def quorum() -> None:
 def other_run() -> None:
     site = next(iter(federation(3)._sites(None).values()))
     plan = federation(3).server.plan(1)
-    site.answer(Plan(run=plan.run, round=1, ask=plan.ask, proxy="other",
-                     classes=plan.classes).to_bytes())
+    site.answer(
+        Plan(run=plan.run, round=1, ask=plan.ask, proxy="other", classes=plan.classes).to_bytes()
+    )
 
 
 def fedavg() -> None:
@@ -88,9 +89,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "model: cnn on flat rows": lambda: models.factory("cnn", (64,), 3),
     "model: cnn width": lambda: models.CNN(1, 3, width=6),
     "model: no such device": lambda: models.pick_device("cuda:99"),
-    "learner: wrong factory": lambda: build_learner(
-        lambda: 3, fd.Recipe(), classes=3, seed=1
-    ),
+    "learner: wrong factory": lambda: build_learner(lambda: 3, fd.Recipe(), classes=3, seed=1),
     "rows: unequal lengths": lambda: Rows(np.zeros((2, 1)), np.zeros(3, int)),
     "proxy: empty": lambda: ProxySet(np.zeros((0, 3))),
     "proxy: not finite": lambda: ProxySet(np.array([[0.0], [np.nan]])),

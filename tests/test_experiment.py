@@ -15,12 +15,27 @@ from fedistill.config import Settings
 from fedistill.errors import CheckpointError, SettingsError
 
 KEYS = {
-    "round", "student_accuracy", "client_accuracy_mean", "client_accuracy_min", "bytes_up",
-    "bytes_down", "clients_ok", "clients_failed", "epsilon_max", "seconds",
+    "round",
+    "student_accuracy",
+    "client_accuracy_mean",
+    "client_accuracy_min",
+    "bytes_up",
+    "bytes_down",
+    "clients_ok",
+    "clients_failed",
+    "epsilon_max",
+    "seconds",
 }
 FACTS = {
-    "bytes_up_per_client_round", "bytes_down_per_client_round", "fedavg_bytes_per_client_round",
-    "bytes_saving", "backend", "seed", "proxy_sha256", "soft_targets_sha256", "versions",
+    "bytes_up_per_client_round",
+    "bytes_down_per_client_round",
+    "fedavg_bytes_per_client_round",
+    "bytes_saving",
+    "backend",
+    "seed",
+    "proxy_sha256",
+    "soft_targets_sha256",
+    "versions",
 }
 
 
@@ -116,8 +131,9 @@ def test_repeats_are_seeds_with_mean_and_deviation(tmp_path, answers):
 
 
 def test_baselines_run_on_the_same_rows(tmp_path, answers):
-    summary = small(tmp_path, 'evaluation.baselines=["local", "centralised", "fedavg"]',
-                    "clients.group=[]")
+    summary = small(
+        tmp_path, 'evaluation.baselines=["local", "centralised", "fedavg"]', "clients.group=[]"
+    )
     folder = tmp_path / "run" / "baselines"
     told = {
         name: json.loads((folder / name / "summary.json").read_text())
@@ -129,8 +145,12 @@ def test_baselines_run_on_the_same_rows(tmp_path, answers):
     figures = next(iter(summary["sites"].values()))["figures"]
     assert {"first round", "client", "student", "local", "centralised", "fedavg"} <= set(figures)
     before = len(answers)
-    small(tmp_path, 'evaluation.baselines=["local", "centralised", "fedavg"]',
-          "clients.group=[]", resume=True)
+    small(
+        tmp_path,
+        'evaluation.baselines=["local", "centralised", "fedavg"]',
+        "clients.group=[]",
+        resume=True,
+    )
     assert len(answers) == before, "a finished baseline is not computed again"
 
 
@@ -150,9 +170,7 @@ def test_leave_one_out_leaves_each_site_out_once(tmp_path, answers):
 
 def test_leave_one_out_works_when_groups_name_every_client(tmp_path):
     groups = 'clients.group=[{count=1, model="linear"}, {count=2, width=4}]'
-    summary = small(
-        tmp_path, "evaluation.leave_one_out=true", "clients.count=3", groups, rounds=1
-    )
+    summary = small(tmp_path, "evaluation.leave_one_out=true", "clients.count=3", groups, rounds=1)
     assert sorted(summary["models"].values()) == ["linear", "mlp", "mlp"]
 
 
@@ -219,8 +237,14 @@ def test_settings_change_the_preset():
 
 def test_every_method_setting_reaches_the_method():
     texts = {
-        "rule": "median-of-none", "codec": "u8", "sharpen": "power:3", "temperature": 3.0,
-        "distil": "never", "distil_epochs": 7, "soft_weight": 0.25, "prior_rows": 5.0,
+        "rule": "median-of-none",
+        "codec": "u8",
+        "sharpen": "power:3",
+        "temperature": 3.0,
+        "distil": "never",
+        "distil_epochs": 7,
+        "soft_weight": 0.25,
+        "prior_rows": 5.0,
     }
     for item in dataclasses.fields(config.MethodSettings):
         if item.name in {"preset", "rule"}:

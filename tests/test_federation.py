@@ -71,7 +71,8 @@ def test_three_architectures_teach_one_another(name):
         assert 0 <= row["client_accuracy_min"] <= row["client_accuracy_mean"] <= 1
     assert row["student_accuracy"] is not None
     assert {type(site.learner).__name__ for site in made.sites.values()} == {
-        "TorchStudent", "SklearnStudent"
+        "TorchStudent",
+        "SklearnStudent",
     }
 
 
@@ -234,8 +235,10 @@ def test_fedavg_of_equal_clients_is_what_one_of_them_learns():
 
 
 def test_fedavg_weighs_clients_by_their_rows():
-    clients = [Client(f"s{n}", SMALL, gaussian(n, n), None, Recipe(epochs=1, batch_size=64))
-               for n in (16, 64)]
+    clients = [
+        Client(f"s{n}", SMALL, gaussian(n, n), None, Recipe(epochs=1, batch_size=64))
+        for n in (16, 64)
+    ]
     made = federation(clients, student=SMALL, method="fedavg", quorum=2)
     list(made.run(1))
     from fedistill.baselines import flat_weights
@@ -346,10 +349,14 @@ def test_a_rule_that_gives_up_a_row_leaves_it_without_a_target():
     [
         ([], "at least one client"),
         ([*alike(1), *alike(1)], '"site-0" stands twice'),
-        ([Client("a", SMALL, Rows(np.ones((2, 4), np.float32), np.array([0, 3])))],
-         "a: labels must be 0 to 2, row 1 is outside"),
-        ([Client("a", SMALL, Rows(np.array([[1, 1, 1, np.nan]], np.float32), np.array([0])))],
-         "a: inputs must be finite, row 0 is not"),
+        (
+            [Client("a", SMALL, Rows(np.ones((2, 4), np.float32), np.array([0, 3])))],
+            "a: labels must be 0 to 2, row 1 is outside",
+        ),
+        (
+            [Client("a", SMALL, Rows(np.array([[1, 1, 1, np.nan]], np.float32), np.array([0])))],
+            "a: inputs must be finite, row 0 is not",
+        ),
     ],
 )
 def test_unusable_clients_are_refused_before_the_first_round(clients, told):

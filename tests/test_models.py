@@ -25,8 +25,9 @@ def test_every_model_of_the_catalogue_is_built_and_predicts(name):
 
 def test_an_mlp_has_the_layers_that_are_asked_for():
     made = models.MLP(6, 3, width=7, depth=3)
-    assert [layer.out_features for layer in made.modules() if isinstance(layer, torch.nn.Linear)] \
-        == [7, 7, 7, 3]
+    assert [
+        layer.out_features for layer in made.modules() if isinstance(layer, torch.nn.Linear)
+    ] == [7, 7, 7, 3]
 
 
 def test_flat_models_take_images_too():

@@ -56,8 +56,11 @@ def test_fields_and_training_are_replaced_by_name():
     [
         ("dsfl", {}, 'unknown method "dsfl"; did you mean "ds-fl"?'),
         ("ds-fl", {"ruel": "mean"}, 'method.ruel: unknown field; did you mean "rule"?'),
-        ("ds-fl", {"codec": "float3"},
-         'method.codec: unknown codec "float3"; did you mean "float32"?'),
+        (
+            "ds-fl",
+            {"codec": "float3"},
+            'method.codec: unknown codec "float3"; did you mean "float32"?',
+        ),
     ],
 )
 def test_wrong_names_are_told_with_the_nearest(name, changes, told):

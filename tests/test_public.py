@@ -30,7 +30,9 @@ def test_the_lazy_names_are_those_that_a_type_checker_sees():
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {
         alias.asname or alias.name: node.module
-        for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
     }
     lazy = dict(fedistill._HOMES) | dict.fromkeys(fedistill._MODULES, "fedistill")
     assert seen == lazy

@@ -48,29 +48,27 @@ def _scribbling(probs):
 
 CODEC_FAULTS = {
     "longer than it says": (
-        {"encode": lambda probs: EXACT.encode(probs) + b"x"}, "bytes, as the header promises"
+        {"encode": lambda probs: EXACT.encode(probs) + b"x"},
+        "bytes, as the header promises",
     ),
     "says two bytes": ({"bytes_per_value": 2}, "as the header promises"),
     "no bytes": ({"encode": lambda probs: EXACT.encode(probs).hex()}, "expected bytes, found str"),
     "coarse": ({"encode": _coarse}, "sum to 1|a loss of at most"),
     "not normalised": (
-        {"decode": lambda *args: EXACT.decode(*args) * np.float32(1.5)}, "rows that sum to 1"
+        {"decode": lambda *args: EXACT.decode(*args) * np.float32(1.5)},
+        "rows that sum to 1",
     ),
-    "negative": (
-        {"decode": lambda *args: -EXACT.decode(*args)}, "finite numbers of at least 0"
-    ),
-    "wrong type": (
-        {"decode": lambda *args: EXACT.decode(*args).astype(float)}, "expected float32"
-    ),
+    "negative": ({"decode": lambda *args: -EXACT.decode(*args)}, "finite numbers of at least 0"),
+    "wrong type": ({"decode": lambda *args: EXACT.decode(*args).astype(float)}, "expected float32"),
     "transposed": (
-        {"decode": lambda data, rows, classes: EXACT.decode(data, classes, rows)}, "shape"
+        {"decode": lambda data, rows, classes: EXACT.decode(data, classes, rows)},
+        "shape",
     ),
     "loses a class": ({"decode": _forgetful}, "sum to 1|loss"),
     "changes its input": ({"encode": _scribbling}, "input left as it is"),
     "random": (
-        {"encode": lambda probs: EXACT.encode(
-            np.random.default_rng().permuted(probs, axis=1)
-        )}, "equal bytes for equal rows|loss"
+        {"encode": lambda probs: EXACT.encode(np.random.default_rng().permuted(probs, axis=1))},
+        "equal bytes for equal rows|loss",
     ),
 }
 
@@ -133,9 +131,7 @@ class HalfState(TorchStudent):
 
     def __init__(self):
         recipe = Recipe(epochs=1, batch_size=8, momentum=0.9, distil="phase")
-        super().__init__(
-            partial(models.MLP, 4, 3, width=6), recipe, classes=3, seed=1
-        )
+        super().__init__(partial(models.MLP, 4, 3, width=6), recipe, classes=3, seed=1)
 
     def state_dict(self):
         state = super().state_dict()

@@ -64,8 +64,11 @@ def test_distribution_weighted_by_hand(prior, second):
     # Ratios 3:1 and 1:3 have mean 1 as 1.5:0.5 and 0.5:1.5; times 20 and 60 rows the first row
     # weighs 30 against 30, the second 10 against 90, and with 30 more each 40 against 120.
     found = rules.distribution_weighted(
-        LOGITS, EQUAL, familiarity=np.log([[3.0, 1.0], [1.0, 3.0]]),
-        sizes=np.array([20.0, 60.0]), prior_rows=prior,
+        LOGITS,
+        EQUAL,
+        familiarity=np.log([[3.0, 1.0], [1.0, 3.0]]),
+        sizes=np.array([20.0, 60.0]),
+        prior_rows=prior,
     )
     np.testing.assert_allclose(found, [[0.375, 0.375, 0.25], second], atol=1e-12)
 
@@ -210,7 +213,10 @@ def test_ratios_are_normalised_over_the_rows_a_client_was_asked():
 def test_a_large_prior_gives_the_plain_mean():
     case = testing._case()
     found = rules.distribution_weighted(
-        case["logits"], case["weights"], familiarity=case["familiarity"], sizes=case["sizes"],
+        case["logits"],
+        case["weights"],
+        familiarity=case["familiarity"],
+        sizes=case["sizes"],
         prior_rows=1e12,
     )
     np.testing.assert_allclose(found, rules.mean(case["logits"], case["weights"]), atol=1e-8)
@@ -226,7 +232,8 @@ def test_a_rule_is_given_what_its_signature_asks_for_and_no_more():
 
     assert rules.wants(curious) == {"sizes"}
     assert rules.wants(partial(rules.distribution_weighted, prior_rows=3)) == {
-        "familiarity", "sizes"
+        "familiarity",
+        "sizes",
     }
     extras = {"sizes": np.array([1, 2]), "seen": np.ones((2, 3)), "familiarity": np.ones((2, 2))}
     found = rules.combine(curious, LOGITS, EQUAL, **extras)
@@ -294,25 +301,26 @@ WRONG = {
     "first client only": (lambda z, w: rules.softmax(z[0]), "clients in another order"),
     "wrong axis": (lambda z, w: rules.softmax(z).mean(1), r"\[rows, classes\] = \[7, 3\]"),
     "sums to two": (lambda z, w: 2 * rules.mean(z, w), "a row with sum 2"),
-    "weights unread": (
-        lambda z, w: rules.mean(z, np.ones(len(z))), "a client of weight zero"
-    ),
+    "weights unread": (lambda z, w: rules.mean(z, np.ones(len(z))), "a client of weight zero"),
     "prefers class 0": (
         lambda z, w: rules.softmax(rules.log_softmax(z).mean(0) + 0.3 * np.eye(1, z.shape[2])),
         "classes renamed",
     ),
     "least likely": (
-        lambda z, w: rules.softmax(-np.log(rules.mean(z, w) + 1e-30)), "unanimous clients"
+        lambda z, w: rules.softmax(-np.log(rules.mean(z, w) + 1e-30)),
+        "unanimous clients",
     ),
     "overflows": (
-        lambda z, w: np.exp(z).mean(0) / np.exp(z).mean(0).sum(-1, keepdims=True), "infinity"
+        lambda z, w: np.exp(z).mean(0) / np.exp(z).mean(0).sum(-1, keepdims=True),
+        "infinity",
     ),
     "random": (
         lambda z, w: np.random.default_rng().dirichlet(np.ones(z.shape[2]), z.shape[1]),
         "called twice",
     ),
     "zero where nobody speaks": (
-        lambda z, w: np.nan_to_num(rules.mean(z, w)), "a row without weights"
+        lambda z, w: np.nan_to_num(rules.mean(z, w)),
+        "a row without weights",
     ),
 }
 

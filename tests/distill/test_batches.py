@@ -66,8 +66,9 @@ def batches_of(rows, stored=None, background=None, seed=5, **recipe):
 
 def test_own_rows_come_once_in_an_epoch_whatever_joins_them():
     plain = batches_of(20, epochs=2, batch_size=6)
-    joined = batches_of(20, memory(), memory(5, first=500).inputs, epochs=2, batch_size=6,
-                        mixup=1.0)
+    joined = batches_of(
+        20, memory(), memory(5, first=500).inputs, epochs=2, batch_size=6, mixup=1.0
+    )
     for batches in (plain, joined):
         seen = Counter(int(row) for batch in batches for row in batch.inputs[: batch.own, 0])
         assert seen == Counter(dict.fromkeys(range(20), 2))
@@ -92,8 +93,17 @@ def test_faded_targets_ask_for_fewer_passes_and_are_drawn_less():
 
 
 def test_the_parts_of_a_step_weigh_one_each():
-    (batch,) = batches_of(6, memory(), memory().inputs, epochs=1, batch_size=6, mixup=1.0,
-                          soft_weight=0.5, distil_epochs=1, temperature=2.0)[:1]
+    (batch,) = batches_of(
+        6,
+        memory(),
+        memory().inputs,
+        epochs=1,
+        batch_size=6,
+        mixup=1.0,
+        soft_weight=0.5,
+        distil_epochs=1,
+        temperature=2.0,
+    )[:1]
     assert len(batch) == 18
     assert batch.own == 6
     sums = [float(batch.weight[part].sum()) for part in (slice(6), slice(6, 12), slice(12, 18))]
@@ -168,6 +178,12 @@ def test_inputs_and_targets_are_mixed_alike():
     assert (inputs.max(dim=1).values >= 0.5).all()
 
 
+def test_the_larger_share_goes_to_the_first_row_of_a_pair():
+    first, _ = np.random.default_rng(3).integers(0, 4, (2, 30))
+    inputs, _ = mix(torch.eye(4), torch.eye(4), 30, 0.5, np.random.default_rng(3))
+    assert (inputs[np.arange(30), first] >= 0.5).all()
+
+
 def test_images_mix_too():
     images = torch.rand(5, 1, 4, 4)
     inputs, _ = mix(images, torch.eye(5), 7, 1.0, np.random.default_rng(0))
@@ -181,7 +197,13 @@ def test_images_mix_too():
 @settings(max_examples=25, deadline=None)
 def test_the_gradient_in_parts_is_the_gradient_of_the_whole(size, seed):
     (batch,) = batches_of(
-        7, memory(), memory().inputs, epochs=1, batch_size=7, mixup=1.0, seed=seed,
+        7,
+        memory(),
+        memory().inputs,
+        epochs=1,
+        batch_size=7,
+        mixup=1.0,
+        seed=seed,
         distil_epochs=1,
     )[:1]
     start = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

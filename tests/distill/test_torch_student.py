@@ -150,9 +150,7 @@ def test_fit_learns_the_labels():
     assert accuracy(learner, gaussian(200, 5)) > 0.85
 
 
-@pytest.mark.parametrize(
-    ("distil", "loss"), [("inside", "kl"), ("phase", "kl"), ("phase", "mae")]
-)
+@pytest.mark.parametrize(("distil", "loss"), [("inside", "kl"), ("phase", "kl"), ("phase", "mae")])
 def test_soft_targets_teach_a_class_without_own_rows(distil, loss):
     learner = student(distil=distil, loss=loss, distil_epochs=20, epochs=2)
     own, public = gaussian(30, 6, labels=[0, 1]), gaussian(90, 7)
@@ -205,8 +203,9 @@ def test_calibration_takes_the_class_mix_out_of_the_logits():
     blank = Rows(np.zeros((90, INPUTS), np.float32), np.repeat([0, 1, 2], [60, 20, 10]))
     logits = {}
     for calibrate in (False, True):
-        learner = student(partial(models.Linear, INPUTS, 3), calibrate=calibrate, epochs=60, lr=0.5,
-                          batch_size=90)
+        learner = student(
+            partial(models.Linear, INPUTS, 3), calibrate=calibrate, epochs=60, lr=0.5, batch_size=90
+        )
         learner.fit(blank, seed=1)
         logits[calibrate] = learner.predict(blank.inputs[:1])[0]
     shares = np.log([60 / 90, 20 / 90, 10 / 90])
@@ -221,7 +220,8 @@ def test_a_cosine_rate_falls_and_starts_anew_with_each_call():
     rates = []
     step = learner._optimizer.step
     learner._optimizer.step = lambda: (
-        rates.append(learner._optimizer.param_groups[0]["lr"]), step()
+        rates.append(learner._optimizer.param_groups[0]["lr"]),
+        step(),
     )
     for seed in (1, 2):
         learner.fit(ROWS, seed=seed)
@@ -251,8 +251,13 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors(optimizer):
     blank = Rows(np.zeros((8, INPUTS), np.float32), np.zeros(8, np.int64))
     norms = {}
     for decay in (0.0, 0.5):
-        learner = student(partial(models.Linear, INPUTS, 3), optimizer=optimizer, epochs=5,
-                          weight_decay=decay, lr=0.01)
+        learner = student(
+            partial(models.Linear, INPUTS, 3),
+            optimizer=optimizer,
+            epochs=5,
+            weight_decay=decay,
+            lr=0.01,
+        )
         learner.fit(blank, seed=1)
         head = learner.module.head
         norms[decay] = float(head.weight.detach().norm()), head.bias.detach().numpy().copy()
@@ -306,8 +311,11 @@ def test_familiarity_ranks_rows_by_a_known_density_ratio():
     public = random.normal(0, 1.5, (600, 1)).astype(np.float32)
     rows = Rows(own, (own[:, 0] > 1).astype(np.int64))
     learner = TorchStudent(
-        partial(models.MLP, 1, 2, width=32), Recipe(familiarity=True, epochs=60, batch_size=60),
-        classes=2, seed=1, background=public,
+        partial(models.MLP, 1, 2, width=32),
+        Recipe(familiarity=True, epochs=60, batch_size=60),
+        classes=2,
+        seed=1,
+        background=public,
     )
     learner.fit(rows, seed=1)
     grid = np.linspace(-2.5, 3.5, 61, dtype=np.float32)[:, None]
@@ -371,16 +379,19 @@ def test_the_average_follows_its_formula():
 
 
 def test_before_the_first_step_the_average_is_the_start():
-    np.testing.assert_array_equal(
-        student(average=0.9).predict(PUBLIC), student().predict(PUBLIC)
-    )
+    np.testing.assert_array_equal(student(average=0.9).predict(PUBLIC), student().predict(PUBLIC))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_interrupted_after_k_rounds_equals_uninterrupted(optimizer):
     options = {
-        "optimizer": optimizer, "average": 0.9, "mixup": 1.0, "familiarity": True,
-        "momentum": 0.9 if optimizer == "sgd" else 0.0, "background": PUBLIC, "lr": 0.02,
+        "optimizer": optimizer,
+        "average": 0.9,
+        "mixup": 1.0,
+        "familiarity": True,
+        "momentum": 0.9 if optimizer == "sgd" else 0.0,
+        "background": PUBLIC,
+        "lr": 0.02,
     }
     whole = taught(student(**options), range(1, 5))
     first = taught(student(**options), range(1, 3))
@@ -395,6 +406,14 @@ def test_interrupted_after_k_rounds_equals_uninterrupted(optimizer):
     for name, value in ends[0].items():
         np.testing.assert_array_equal(ends[1][name], value, err_msg=name)
     np.testing.assert_array_equal(second.predict(PUBLIC), whole.predict(PUBLIC))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_restoring_forgets_what_the_learner_did_before(optimizer):
+    options = {"optimizer": optimizer, "momentum": 0.9, "average": 0.9, "lr": 0.02}
+    fresh, used = student(**options), taught(student(**options))
+    used.load_state_dict(fresh.state_dict(), ROWS)
+    np.testing.assert_array_equal(weights(taught(used)), weights(taught(fresh)))
 
 
 def test_a_state_does_not_change_when_its_owner_learns_on():

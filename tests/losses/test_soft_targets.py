@@ -35,7 +35,11 @@ FAMILY = {"kl": kl_divergence, "cross-entropy": mean_cross_entropy, "mae": logit
 
 def test_every_public_loss_is_tested_here():
     assert set(losses.__all__) == {
-        "kl_divergence", "logit_mae", "own_or_proxy", "soft_cross_entropy", "soften"
+        "kl_divergence",
+        "logit_mae",
+        "own_or_proxy",
+        "soft_cross_entropy",
+        "soften",
     }
     assert inspect.signature(kl_divergence).parameters["temperature"].default == 1.0
 
@@ -102,6 +106,18 @@ def test_gradient_has_the_closed_form():
     student = (logits / temperature).softmax(1)
     expected = temperature * (student - soften(targets, temperature)) / len(logits)
     torch.testing.assert_close(gradient(kl_divergence, logits, targets, temperature), expected)
+
+
+def test_averaged_losses_have_the_gradient_of_the_averaged_targets():
+    logits, first = tensors()
+    _, second = tensors(seed=5)
+
+    def each(z):
+        parts = [kl_divergence(z, targets) for targets in (first, second)]
+        return 0.3 * parts[0] + 0.7 * parts[1]
+
+    pooled = 0.3 * first + 0.7 * second
+    torch.testing.assert_close(gradient(each, logits), gradient(kl_divergence, logits, pooled))
 
 
 # --- common properties ---------------------------------------------------------------------------

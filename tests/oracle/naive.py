@@ -139,15 +139,38 @@ def ds_fl(clients, proxy, student, rule, codec, rounds, seed, per_round, recipe,
         for name, model in models.items():
             if told is not None:
                 rows, targets = told
-                distil(model, proxy[rows], targets, size, distil_epochs, lr, clip,
-                       derive(seed, name, number, "absorb"))
-            train(model, clients[name][1], size, recipe.epochs, lr, clip,
-                  derive(seed, name, number, "train"))
+                distil(
+                    model,
+                    proxy[rows],
+                    targets,
+                    size,
+                    distil_epochs,
+                    lr,
+                    clip,
+                    derive(seed, name, number, "absorb"),
+                )
+            train(
+                model,
+                clients[name][1],
+                size,
+                recipe.epochs,
+                lr,
+                clip,
+                derive(seed, name, number, "train"),
+            )
             sent = codec(softmax64(predict(model, proxy[asked])))
             predictions.append(sent.astype(np.float64))
         targets = codec(rule(predictions))
         order = np.argsort(asked)
         told = asked[order], targets[order]
-        distil(server, proxy[told[0]], told[1], size, distil_epochs, lr, clip,
-               derive(seed, "server", number))
+        distil(
+            server,
+            proxy[told[0]],
+            told[1],
+            size,
+            distil_epochs,
+            lr,
+            clip,
+            derive(seed, "server", number),
+        )
         yield dict(zip(told[0].tolist(), told[1], strict=True)), predict(server, proxy)

@@ -93,9 +93,10 @@ def train(teacher, rows, lesson, proxy, classes, recipe, seed):
     strangers = generator(seed, "background").integers(0, len(proxy), (len(batches), size))
     strength = recipe.soft_weight * max(1.0, recipe.scarce_rows / count)
     for step, batch in enumerate(batches):
-        own, labels = tensor(rows.inputs[batch]), F.one_hot(
-            torch.from_numpy(rows.labels[batch]), classes
-        ).float()
+        own, labels = (
+            tensor(rows.inputs[batch]),
+            F.one_hot(torch.from_numpy(rows.labels[batch]), classes).float(),
+        )
         logits, score = teacher.forward(own)
         loss = entropy_to(labels, logits)
         if lesson is None:
@@ -105,7 +106,10 @@ def train(teacher, rows, lesson, proxy, classes, recipe, seed):
             loss = loss + strength * entropy_to(wanted, teacher.forward(other)[0])
             if recipe.mixup:
                 mixed, between = mixture(
-                    torch.cat([own, other]), torch.cat([labels, wanted]), size, recipe.mixup,
+                    torch.cat([own, other]),
+                    torch.cat([labels, wanted]),
+                    size,
+                    recipe.mixup,
                     generator(seed, "mix", step),
                 )
                 loss = loss + strength * entropy_to(between, teacher.forward(mixed)[0])
@@ -167,13 +171,23 @@ class Student:
                 weight -= lr * mean / (square.sqrt() + 1e-8)
 
 
-def default_round(clients, proxy, student, classes, rounds, seed, per_round, recipe, server_recipe,
-                  memory, prior_rows):
+def default_round(
+    clients,
+    proxy,
+    student,
+    classes,
+    rounds,
+    seed,
+    per_round,
+    recipe,
+    server_recipe,
+    memory,
+    prior_rows,
+):
     """Yields after each round the table of all soft targets so far, and student logits."""
     teachers = {
-        name: Teacher(factory, seed, recipe.average) for name, (factory, _) in sorted(
-            clients.items()
-        )
+        name: Teacher(factory, seed, recipe.average)
+        for name, (factory, _) in sorted(clients.items())
     }
     server = Student(student, seed, server_recipe)
     table, made = np.zeros((len(proxy), classes), np.float32), np.zeros(len(proxy), int)
@@ -183,8 +197,9 @@ def default_round(clients, proxy, student, classes, rounds, seed, per_round, rec
         said, evidence = [], []
         for name, teacher in teachers.items():
             rows = clients[name][1]
-            train(teacher, rows, lesson, proxy, classes, recipe,
-                  derive(seed, name, number, "train"))
+            train(
+                teacher, rows, lesson, proxy, classes, recipe, derive(seed, name, number, "train")
+            )
             logits, score = teacher.averaged.predict(teacher.forward, proxy[asked])
             said.append(through_u8(softmax64(logits.numpy())).astype(np.float64))
             byte = np.round((score.numpy().clip(-8, 8) + 8) * 255 / 16)

@@ -32,7 +32,13 @@ def parts(seed):
 def federation(clients, chosen, seed, recipe, per_round):
     people = [Client(name, *made, training=recipe) for name, made in clients.items()]
     return Federation(
-        people, proxy(40), STUDENT, chosen, classes=CLASSES, seed=seed, per_round=per_round,
+        people,
+        proxy(40),
+        STUDENT,
+        chosen,
+        classes=CLASSES,
+        seed=seed,
+        per_round=per_round,
         device="cpu",
     )
 
@@ -45,8 +51,16 @@ def test_ds_fl_equals_the_naive_round(rule, codec, seed):
     chosen = method("ds-fl", rule=rule, codec=codec, distil_epochs=2)
     real = federation(clients, chosen, seed, recipe, per_round=20)
     told = naive.ds_fl(
-        clients, real.proxy.inputs, STUDENT, RULES[rule], CODECS[codec], rounds=3, seed=seed,
-        per_round=20, recipe=recipe, distil_epochs=2,
+        clients,
+        real.proxy.inputs,
+        STUDENT,
+        RULES[rule],
+        CODECS[codec],
+        rounds=3,
+        seed=seed,
+        per_round=20,
+        recipe=recipe,
+        distil_epochs=2,
     )
     compared = 0
     for row, (targets, logits) in zip(real.run(3), told, strict=True):
@@ -66,9 +80,17 @@ def test_the_default_preset_equals_the_naive_round(seed):
     chosen = method("fedistill")
     real = federation(clients, chosen, seed, recipe, per_round=20)
     told = naive_default.default_round(
-        clients, real.proxy.inputs, STUDENT, len(CLASSES), rounds=3, seed=seed, per_round=20,
-        recipe=chosen.client_recipe(recipe), server_recipe=chosen.student_recipe(recipe),
-        memory=chosen.memory, prior_rows=chosen.prior_rows,
+        clients,
+        real.proxy.inputs,
+        STUDENT,
+        len(CLASSES),
+        rounds=3,
+        seed=seed,
+        per_round=20,
+        recipe=chosen.client_recipe(recipe),
+        server_recipe=chosen.student_recipe(recipe),
+        memory=chosen.memory,
+        prior_rows=chosen.prior_rows,
     )
     compared = 0
     for _, (table, logits) in zip(real.run(3), told, strict=True):
@@ -83,8 +105,16 @@ def test_the_comparison_notices_another_learning_rate():
     clients, recipe = parts(0), Recipe(epochs=2, batch_size=16, lr=0.2)
     real = federation(clients, method("ds-fl"), 0, recipe, per_round=20)
     (targets, _), *_ = naive.ds_fl(
-        clients, real.proxy.inputs, STUDENT, naive.era_rule, naive.through_float32, rounds=1,
-        seed=0, per_round=20, recipe=dataclasses.replace(recipe, lr=0.201), distil_epochs=1,
+        clients,
+        real.proxy.inputs,
+        STUDENT,
+        naive.era_rule,
+        naive.through_float32,
+        rounds=1,
+        seed=0,
+        per_round=20,
+        recipe=dataclasses.replace(recipe, lr=0.201),
+        distil_epochs=1,
     )
     list(real.run(1))
     rows = sorted(targets)
