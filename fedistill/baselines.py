@@ -114,7 +114,6 @@ class FedAvgServer(Server):
         sizes = np.array([self.enrolled[a.upload.client] for a in ordered], dtype=np.float64)
         stacked: Probs = np.array([a.probs[0] for a in ordered], dtype=np.float64)
         set_weights(self._student(), (sizes / sizes.sum()) @ stacked)
-        self.round = plan.round
         return Combined()
 
     def distil(self) -> None:

@@ -17,10 +17,10 @@ from fedistill.errors import FedistillError
 typer.core.HAS_RICH = False
 
 INTERRUPTED = 130
+RESUMABLE = "fedistill: interrupted; the same command with --resume goes on"
 
 app = typer.Typer(
     name="fedistill",
-    help="Federated distillation: sites teach one another through predictions on public rows.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,25 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting, e.g. clients.alpha=0.1."),
 ]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedistill import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Federated distillation: sites teach one another through predictions on public rows."""
+    del version
 
 
 @app.command()
@@ -48,13 +67,17 @@ def run(
 
     Shows the round table live and writes a run folder with a report.
     """
-    from fedistill import experiment
-    from fedistill.report import RoundTable
+    from fedistill import config
 
     changes = [*(overrides or [])]
     given = {"backend.name": backend, "rounds": rounds, "seed": seed}
     changes += [f"{key}={value}" for key, value in given.items() if value is not None]
-    summary = experiment.run(file, overrides=changes, out=out, resume=resume, show=RoundTable)
+    settings = config.load(file, changes)
+
+    from fedistill import experiment
+    from fedistill.report import RoundTable
+
+    summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=RoundTable)
     folder = Path(summary["folder"])
     typer.echo(f"report: {folder / 'report.html'}")
 
@@ -143,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         typer.echo(f"fedistill: {error}", err=True)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("fedistill: interrupted; the same command with --resume goes on", err=True)
+        typer.echo(RESUMABLE, err=True)
         sys.exit(INTERRUPTED)
     except typer.Exit as leaving:
         sys.exit(leaving.exit_code)
@@ -155,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> Any:
             raise
         typer.echo(f"fedistill: {error.format_message()} (see --help)", err=True)
         sys.exit(error.exit_code)
+    if code == INTERRUPTED:
+        typer.echo(RESUMABLE, err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

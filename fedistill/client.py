@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fedistill import store
-from fedistill.aggregate.rules import softmax
+from fedistill.aggregate.rules import softmax, wants
 from fedistill.data.overlap import overlap
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
@@ -67,7 +67,6 @@ class Site:
         classes: names of the classes, in order.
         method: what is exchanged and how.
         seed: of the experiment.
-        folder: where its state is kept; None keeps it in memory.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Site:
         classes: tuple[str, ...],
         method: Method,
         seed: int,
-        folder: Path | None = None,
     ) -> None:
         self.client = client
         self.learner = learner
@@ -86,7 +84,8 @@ class Site:
         self.classes = classes
         self.method = method
         self.seed = seed
-        self.path = folder / "state" if folder else None
+        self.path: Path | None = None
+        self.clipped = 0
         self.run = ""
         self.round = 0
         self.upload = b""
@@ -184,6 +183,7 @@ class Site:
         # float64: the mean of finite float32 values may be beyond float32.
         centred = logits - logits.mean(axis=1, keepdims=True, dtype=np.float64)
         extreme = np.abs(centred).max(axis=1, initial=0) > LARGEST_LOGIT
+        self.clipped = int(extreme.sum())
         if len(extreme) and extreme.mean() > 0.01:
             raise Rejected("extreme", f"{extreme.mean():.0%} of the rows have logits beyond 1e4")
         return softmax(centred.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
@@ -204,13 +204,17 @@ class Site:
             codec=self.method.codec,
             shape=(len(probs), len(self.classes)),
             familiarity=familiarity is not None,
-            seen=seen_mask(np.bincount(labels, minlength=len(self.classes)) > 0),
+            seen=self._seen() if "seen" in wants(self.method.bound_rule()) else "0",
             size=bucket(len(labels)),
             payload=codecs.pack(payload),
         )
 
     def _asked(self, plan: Plan) -> Any:
         return plan.ask.rows() if len(self.client.data) else np.empty(0, dtype=np.int64)
+
+    def _seen(self) -> str:
+        counts = np.bincount(self.client.data.labels, minlength=len(self.classes))
+        return seen_mask(counts > 0)
 
     def _shares_familiarity(self) -> bool:
         return self.method.client_recipe(Recipe()).familiarity
@@ -219,6 +223,12 @@ class Site:
         return derive(self.seed, self.client.id, plan.round, step)
 
     # --- state ---------------------------------------------------------------------------------
+
+    def keep_in(self, folder: Path | None) -> None:
+        """Keep the state under ``folder/sites/ID`` from now on; None keeps it in memory."""
+        self.path = folder / "sites" / self.client.id / "state" if folder else None
+        if self.path is not None:
+            store.probe(self.path.parent)
 
     def save(self) -> None:
         """Write learner, soft targets and the stored answer in one file, whole or not at all."""

@@ -270,6 +270,13 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
             "a file partition needs partition_path and partition_key, found neither or one",
         )
     if clients.partition != "by-column":
+        asked = max(1, round(clients.participation * clients.count))
+        if clients.count >= clients.quorum > asked:
+            yield problem(
+                "clients.quorum",
+                f"{asked} of {clients.count} clients are asked in a round (clients.participation), "
+                f"the quorum of {clients.quorum} can never be met",
+            )
         if clients.quorum > clients.count:
             yield problem(
                 "clients.quorum",
@@ -295,6 +302,15 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
         yield problem(
             "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
         )
+    for key, source in (
+        ("data.source", settings.data.source),
+        ("data.test", settings.data.test),
+        ("proxy.path", proxy.path),
+    ):
+        kind = source.partition(":")[0]
+        if source and kind not in catalog.known("sources"):
+            hint = did_you_mean(kind, catalog.known("sources"))
+            yield problem(key, f'unknown source "{kind}"{hint}')
     for name in settings.evaluation.baselines:
         if name not in catalog.known("methods"):
             yield problem(

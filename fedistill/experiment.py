@@ -64,6 +64,7 @@ def run(
     source: str | Path | Settings,
     *,
     overrides: Sequence[str] = (),
+    name: str = "",
     out: str | Path | None = None,
     resume: bool = False,
     show: Show = silent,
@@ -73,6 +74,7 @@ def run(
     Args:
         source: a settings file, or settings.
         overrides: ``key=value`` texts, as with ``--set``.
+        name: what to call it; empty: the name of the file.
         out: the run folder; None: ``runs/NAME``, numbered if it is taken.
         resume: go on from what the folder holds.
         show: called with a title and a number of rounds, returns what shows them.
@@ -88,7 +90,7 @@ def run(
     import torch
 
     settings = source if isinstance(source, Settings) else config.load(source, overrides)
-    name = "experiment" if isinstance(source, Settings) else Path(source).stem
+    name = name or ("experiment" if isinstance(source, Settings) else Path(source).stem)
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
     store.probe(folder)
     remember(settings, folder, resume=resume)
@@ -230,7 +232,7 @@ def run_one(
                 measure_every=settings.evaluation.every,
                 progress=watch.advance,
             )
-            fedavg = federation.fedavg_bytes()
+            fedavg = federation.fedavg_bytes() if chosen.exchange == "predictions" else None
             for row in rows:
                 watch.add(row | {"fedavg_bytes_per_client_round": fedavg})
         status = "done"

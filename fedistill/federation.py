@@ -1,7 +1,7 @@
 """The round: plan, run, check, combine, distil, evaluate, log, checkpoint.
 
-:class:`Federation` puts clients, proxy rows, a student and a method together; :meth:`rounds`
-below is the loop of the design, and it does not know which backend runs it.
+:class:`Federation` puts clients, proxy rows, a student and a method together;
+:meth:`Federation.run` is the loop, and it does not know which backend runs it.
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from fedistill import store
-from fedistill.backends import Backend, Reply
+from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.baselines import FedAvgServer, FedAvgSite
 from fedistill.client import Client, Site
 from fedistill.distill.build import build_learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import CheckpointError, DataError, QuorumError, Rejected
+from fedistill.errors import DataError, QuorumError
 from fedistill.evaluate import measure_round
+from fedistill.journal import Journal
 from fedistill.models import parameter_count, pick_device
 from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.seeding import derive
-from fedistill.server import Answer, Combined, Server
+from fedistill.server import Combined, Server
+from fedistill.tally import Tally
 from fedistill.types import ProxySet, Rows
-from fedistill.wire.messages import Failure, Plan, bucket
+from fedistill.wire.messages import Plan, bucket
 
 ATTEMPTS = 3
 """Tries of a round without quorum before the run gives up."""
+PAUSE = 0.05
+"""Seconds before the first new try; doubled for each further one."""
 
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -50,7 +53,7 @@ class Federation:
         seed: everything random is derived from it.
         per_round: proxy rows asked in a round; 0 asks all.
         participation: share of the clients asked in a round.
-        quorum: fewest teachers of a round; 0 stands for 3, or all if there are fewer.
+        quorum: fewest teachers of a round; 0 stands for 3, or as many as can be asked at once.
         training: how the student trains where neither the method nor ``student_options`` says.
         student_options: fields of :class:`Recipe` that are set for the student alone.
         device: ``cpu``, ``cuda`` or ``auto``.
@@ -85,6 +88,7 @@ class Federation:
         self.device = pick_device(device)
         self.history: list[Row] = []
         self.notes: list[str] = []
+        self.sites: dict[str, Site] = {}
         _check_clients(self.clients, len(self.classes))
 
         exchange = self.method.exchange
@@ -124,7 +128,7 @@ class Federation:
         """Run the rounds; yields one row of figures after each.
 
         Args:
-            rounds: number of rounds in all, those before a resumption included.
+            rounds: number of rounds in all, those that this object ran before included.
             test: common test rows, for the student and for clients without their own.
             out: folder for checkpoints and ``rounds.jsonl``; None keeps everything in memory.
             resume: go on from the checkpoint in ``out``.
@@ -137,54 +141,50 @@ class Federation:
             QuorumError: too few usable uploads, several times in a row.
             RunError: the folder cannot be written, or the proxy rows changed.
         """
-        folder = Path(out) if out is not None else None
-        self.sites = self._sites(folder)
-        self._open(folder, resume)
-        chosen = backend(self.sites)
-        for number in range(self.server.round + 1, rounds + 1):
-            started = time.monotonic()
-            plan, combined, tally = self._exchange(chosen, number, progress)
-            progress("student", 0, 1)
-            self.server.distil()
-            due = number in {1, rounds} or number % measure_every == 0
-            row = self._row(number, plan, combined, tally, test, self.sites if due else {})
-            row["seconds"] = round(time.monotonic() - started, 3)
-            self.history.append(row)
-            self._checkpoint(folder)
-            yield row
+        journal = Journal(Path(out) if out is not None else None, self._identity())
+        with journal:
+            self._begin(journal, resume)
+            asked = backend(self.sites)
+            for number in range(self.server.round + 1, rounds + 1):
+                started = time.monotonic()
+                plan, tally, combined = self._exchange(asked, number, progress)
+                progress("student", 0, 1)
+                self.server.distil()
+                due = number in {1, rounds} or number % measure_every == 0
+                row = self._row(plan, tally, combined, test, self.sites if due else {})
+                row["seconds"] = round(time.monotonic() - started, 3)
+                self.history.append(row)
+                journal.save(self.server, self.history)
+                yield row
 
     def _exchange(
         self, backend: Backend, number: int, progress: Progress
-    ) -> tuple[Plan, Combined, Tally]:
-        """One round of messages; again, with a pause, while the quorum is missed."""
+    ) -> tuple[Plan, Tally, Combined]:
+        """Plan, ask, check each answer alone, combine; again, while the quorum is missed."""
+        travels = self.method.exchange in {"predictions", "weights"}
         for attempt in range(ATTEMPTS):
             plan = self.server.plan(number)
-            tally = Tally(plan, travels=self.method.exchange in {"predictions", "weights"})
+            tally = Tally(plan, travels=travels)
             for reply in backend.run(plan):
                 tally.take(reply, self.server)
                 progress("clients", tally.heard, len(plan.clients))
-            for name in plan.clients:
-                self.server.vigilance.note(name, answered=name in tally.seen)
             try:
-                return plan, self._combine(plan, tally), tally
+                combined = self.server.combine(plan, tally.answers) if travels else Combined()
             except QuorumError as shortage:
                 reasons = ", ".join(sorted(set(tally.dropped.values()))) or "no answer"
-                error = QuorumError(f"{shortage} ({reasons})")
-                time.sleep(0.05 * 2**attempt)
-        raise error
-
-    def _combine(self, plan: Plan, tally: Tally) -> Combined:
-        if self.method.exchange in {"nothing", "rows"}:
-            self.server.round = plan.round
-            return Combined()
-        return self.server.combine(plan, tally.answers)
+                missed = QuorumError(f"{shortage} ({reasons})")
+                time.sleep(PAUSE * 2**attempt)
+                continue
+            self.server.close(plan, tally.seen)
+            return plan, tally, combined
+        self.server.vigilance.note_all(plan.clients, tally.seen)
+        raise missed
 
     def _row(
         self,
-        number: int,
         plan: Plan,
-        combined: Combined,
         tally: Tally,
+        combined: Combined,
         test: Rows | None,
         measured: Mapping[str, Site],
     ) -> Row:
@@ -193,7 +193,7 @@ class Federation:
             measured, self.server.student, test, pooled=self.method.exchange == "rows"
         )
         return {
-            "round": number,
+            "round": plan.round,
             **figures,
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,
@@ -203,29 +203,35 @@ class Federation:
             "agreement": combined.agreement,
             "target_entropy": combined.target_entropy,
             "dropped": tally.dropped,
-            "flags": {
-                **combined.flags,
-                **{name: ["inactive"] for name in self.server.vigilance.inactive()},
-            },
+            "flags": self._flags(combined),
         }
+
+    def _flags(self, combined: Combined) -> dict[str, list[str]]:
+        """Remarks on single clients, from what they sent and from whether they answer."""
+        flags = {name: list(remarks) for name, remarks in combined.flags.items()}
+        for name in self.server.vigilance.inactive():
+            flags.setdefault(name, []).append("inactive")
+        for name, site in self.sites.items():
+            if site.clipped:
+                flags.setdefault(name, []).append("clipped")
+        return flags
 
     # --- building ------------------------------------------------------------------------------
 
     def _sites(self, folder: Path | None) -> dict[str, Site]:
         kind = FedAvgSite if self.method.exchange == "weights" else Site
+        """Every client at work, with its state under ``folder``."""
         sites = {}
         for client in self.clients:
-            home = folder / "sites" / client.id if folder else None
-            if home:
-                store.probe(home)
             recipe = self.method.client_recipe(client.training)
             build = client.build
             if self.method.exchange == "weights" and self._student_factory is not None:
                 build = self._student_factory
             learner = self._learner(build, recipe)
             sites[client.id] = kind(
-                client, learner, self.proxy, self.classes, self.method, self.seed, home
+                client, learner, self.proxy, self.classes, self.method, self.seed
             )
+            sites[client.id].keep_in(folder)
         self.notes = [note for site in sites.values() for note in site.notes]
         return sites
 
@@ -242,50 +248,20 @@ class Federation:
 
     # --- state ---------------------------------------------------------------------------------
 
-    def _open(self, folder: Path | None, resume: bool) -> None:
-        """Make the folder ready, and go on from what it holds if asked to."""
-        self.history = []
-        if folder is None:
-            return
-        store.probe(folder / "checkpoint")
-        path = folder / "checkpoint" / "server"
-        if not resume:
-            self._forget(folder)
-            return
-        if not (path.exists() or store.previous(path).exists()):
-            self.notes.append("nothing to resume: the run starts from its first round")
-            self._forget(folder)
-            return
-        arrays, facts, note = store.load_state(path)
-        if facts["identity"] != self._identity():
-            changed = _difference(facts["identity"], self._identity())
-            raise CheckpointError(
-                f"{folder} holds a run with other settings ({changed}): "
-                "resume with the same settings, or choose another folder with --out"
-            )
-        self.server.load_state_dict(arrays, facts["server"])
-        self.history = list(facts["history"])
-        self.notes += [note] if note else []
+    def _begin(self, journal: Journal, resume: bool) -> None:
+        """Build the sites, or go on with those at hand; restore what the journal holds."""
+        if not self.sites:
+            self.sites = self._sites(journal.folder)
         for site in self.sites.values():
-            told = site.restore(self.server.run, self.server.round + 1)
-            self.notes += [told] if told else []
-        store.save_lines(folder / "rounds.jsonl", list(self.history))
-
-    def _forget(self, folder: Path) -> None:
-        """Take away what an earlier run left, the server's state first: it is what resumes."""
-        old = [folder / "checkpoint" / "server", folder / "rounds.jsonl"]
-        old += [site.path for site in self.sites.values() if site.path is not None]
-        for path in old:
-            store.remove(path)
-
-    def _checkpoint(self, folder: Path | None) -> None:
-        """Save the server first: ``rounds.jsonl`` is a view of what the checkpoint holds."""
-        if folder is None:
+            site.keep_in(journal.folder)
+        if resume and journal.exists():
+            history, notes = journal.restore(self.server, self.sites)
+            self.history = history
+            self.notes += notes
             return
-        arrays, server = self.server.state_dict()
-        facts = {"identity": self._identity(), "server": server, "history": self.history}
-        store.save_state(folder / "checkpoint" / "server", arrays, facts)
-        store.save_lines(folder / "rounds.jsonl", list(self.history))
+        journal.clear(self.sites)
+        if resume:
+            self.notes.append("nothing to resume: the run starts from its first round")
 
     def _identity(self) -> dict[str, str]:
         """What must be the same for a run to be resumed."""
@@ -341,43 +317,10 @@ class Federation:
         }
 
 
-class Tally:
-    """What came back in one round, and what it weighed."""
-
-    def __init__(self, plan: Plan, *, travels: bool) -> None:
-        self.plan = plan
-        self.travels = travels
-        self.answers: list[Answer] = []
-        self.dropped: dict[str, str] = {}
-        self.seen: set[str] = set()
-        self.heard = 0
-        self.bytes_up = 0
-        self.bytes_down = len(plan.to_bytes()) * len(plan.clients) if travels else 0
-
-    def take(self, reply: Reply | Failure, server: Server) -> None:
-        """Count a reply, and let it in or note why not."""
-        self.heard += 1
-        # Who was not enrolled may call itself anything: its name is not for the log as it is.
-        name = reply.client if reply.client in server.enrolled else _code(reply.client)
-        if isinstance(reply, Failure):
-            self.dropped[name] = _code(reply.reason)
-            return
-        self.bytes_up += len(reply.data) if self.travels else 0
-        try:
-            self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
-        except Rejected as refusal:
-            self.dropped.setdefault(name, refusal.reason)
-
-
 def _declared(client: Client, exchange: str) -> int:
     """Rows a client declares: rounded to a power of two, but for FedAvg, which weighs by them."""
     rows = len(client.data)
     return rows if exchange == "weights" else bucket(rows)
-
-
-def _code(reason: str) -> str:
-    """A reason that came from outside, made safe for logs: short, one line, plain."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "_:-") else "_" for c in reason)[:40]
 
 
 def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
@@ -413,7 +356,3 @@ def _pooled(clients: Sequence[Client]) -> list[Client]:
     labels = np.concatenate([client.data.labels for client in clients])
     first = clients[0]
     return [Client("pooled", first.build, Rows(inputs, labels), None, first.training)]
-
-
-def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    return ", ".join(sorted(key for key in now if before.get(key) != now[key]))

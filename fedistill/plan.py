@@ -13,6 +13,8 @@ from fedistill.data import Federated
 from fedistill.presets import Method
 from fedistill.wire.codec import expected_size
 
+MOST_CLIENTS = 20
+"""Clients that the plan lists one by one."""
 ENVELOPE = 450
 """Bytes of header and checksum of a message, about."""
 
@@ -27,7 +29,8 @@ def describe(settings: Settings) -> Iterator[str]:
     yield f"data      {dataset.name}: {len(dataset.classes)} classes, inputs " + "x".join(
         map(str, dataset.public.inputs.shape[1:])
     )
-    yield f"clients   {len(federated.parts)}: " + ", ".join(_clients(settings, federated))
+    yield f"clients   {len(federated.parts)}, participation {settings.clients.participation:g}"
+    yield from (f"          {line}" for line in _clients(settings, federated))
     yield (
         f"proxy     {len(dataset.public)} rows, {asked} asked in a round, "
         f"fingerprint {federation.proxy.fingerprint[:12]}"
@@ -37,17 +40,21 @@ def describe(settings: Settings) -> Iterator[str]:
     yield f"rounds    {settings.rounds}, seed {settings.seed}, backend {settings.backend.name}"
     yield from _bytes(chosen, asked, len(dataset.classes), federation.fedavg_bytes())
     yield "privacy   no differential privacy (projected epsilon: infinite)"
-    yield from (f"note      {line}" for line in _notes(federated))
 
 
 def _clients(settings: Settings, federated: Federated) -> Iterator[str]:
-    training = config.client_settings(
-        settings.clients, list(dict.fromkeys([*federated.tests, *federated.parts]))
-    )
-    for name, rows in federated.parts.items():
+    """A line for each client: its rows, the classes among them, its model."""
+    ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
+    training = config.client_settings(settings.clients, ids)
+    width, classes = max(map(len, federated.parts)), len(federated.dataset.classes)
+    for name, rows in list(federated.parts.items())[:MOST_CLIENTS]:
         model = training[name]
         size = f" {model.width}" if model.model in {"mlp", "cnn"} else ""
-        yield f"{name} ({len(rows)} rows, {model.model}{size})"
+        met = f"{len(np.unique(rows.labels))} of {classes} classes"
+        teaches = met if len(rows) else "learns, does not teach"
+        yield f"{name:<{width}}  {len(rows):>6,} rows  {teaches:<17}  {model.model}{size}"
+    if len(federated.parts) > MOST_CLIENTS:
+        yield f"and {len(federated.parts) - MOST_CLIENTS} more"
 
 
 def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Iterator[str]:
@@ -70,12 +77,3 @@ def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Itera
                 "          WARNING: predictions cost more than weights here; lower "
                 "proxy.per_round, or take a smaller codec"
             )
-
-
-def _notes(federated: Federated) -> Iterator[str]:
-    for name, rows in federated.parts.items():
-        met = len(np.unique(rows.labels))
-        if len(rows) == 0:
-            yield f"{name} has no rows: it learns and does not teach"
-        elif met < len(federated.dataset.classes):
-            yield f"{name} holds {met} of {len(federated.dataset.classes)} classes"

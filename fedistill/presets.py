@@ -61,10 +61,10 @@ class Method:
         """How a client trains under this method."""
         shares = wants(self.bound_rule()) if self.exchange == "predictions" else frozenset[str]()
         # Who asks for the classes seen combines p(x|y): clients then train free of their class mix.
-        changes = dict(self.client) | {
-            "familiarity": "familiarity" in shares,
-            "calibrate": "seen" in shares,
-        }
+        changes = {"calibrate": "seen" in shares} | dict(self.client)
+        changes["familiarity"] = "familiarity" in shares
+        if base.momentum is not None:
+            changes.pop("momentum", None)
         return dataclasses.replace(base, **changes)
 
     def lesson(self, stamp: IntArray) -> tuple[IntArray, FloatArray]:
@@ -114,7 +114,6 @@ METHODS: Mapping[str, Method] = {
             student={
                 "optimizer": "adam",
                 "lr": 1e-3,
-                "momentum": 0.0,
                 "distil_epochs": 8,
                 "schedule": "cosine",
             },

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Server:
         seed: of the experiment.
         per_round: proxy rows asked in a round; 0 asks all.
         participation: share of the clients asked in a round.
-        quorum: fewest teachers of a round; 0 stands for 3, or all clients if there are fewer.
+        quorum: fewest teachers of a round; 0 stands for 3, or as many as can be asked at once.
         limit: largest message accepted, in bytes.
     """
 
@@ -96,7 +96,7 @@ class Server:
         self.seed = seed
         self.per_round = per_round or len(proxy)
         self.participation = participation
-        self.quorum = quorum or min(3, len(enrolled))
+        self.quorum = quorum or max(1, min(3, self._most_teachers()))
         self.limit = limit
         self.rule = method.bound_rule()
         self.run = secrets.token_hex(8)
@@ -105,6 +105,12 @@ class Server:
         self.stamp = np.zeros(len(proxy), dtype=np.int64)
         self.targets: Targets | None = None
         self.vigilance = Vigilance()
+
+    def _most_teachers(self) -> int:
+        """Clients with rows of their own among those that one round asks, at the least."""
+        asked = max(1, round(self.participation * len(self.enrolled)))
+        without = sum(size == 0 for size in self.enrolled.values())
+        return asked - without
 
     # --- plan ----------------------------------------------------------------------------------
 
@@ -243,6 +249,9 @@ class Server:
             {answer.upload.client: answer.probs for answer in teachers},
             {a.upload.client: a.familiarity for a in teachers if a.familiarity is not None},
         )
+        if (weights > 0).sum() < self.quorum:
+            # Leaving the silent ones out would publish what too few clients said.
+            weights = np.ones(len(teachers))
         logits = log_softmax(np.log(np.maximum(probs, 1e-12)))
         targets = combine(
             self.rule, logits, weights, sharpen=self.method.sharpen, **self._extras(teachers)
@@ -279,7 +288,11 @@ class Server:
         )
         rows = self.targets.rows()
         self.table[rows], self.stamp[rows] = self.targets.probs(), plan.round
+
+    def close(self, plan: Plan, answered: Collection[str]) -> None:
+        """The round is done: remember it, and who answered."""
         self.round = plan.round
+        self.vigilance.note_all(plan.clients, answered)
 
     # --- distil --------------------------------------------------------------------------------
 

@@ -100,7 +100,9 @@ class TrainSettings:
     batch_size: int = setting(50, "rows in a step", low=1)
     lr: float = setting(0.1, "learning rate", above=0)
     optimizer: str = setting("sgd", "the optimizer", choices=OPTIMIZERS)
-    momentum: float = setting(0.0, "momentum of sgd", low=0, high=1)
+    momentum: float | None = setting(
+        None, "momentum of sgd; not set: the method decides", low=0, high=1
+    )
     weight_decay: float = setting(0.0, "weight decay", low=0)
     clip: float = setting(5.0, "largest gradient norm; 0: not clipped", low=0)
 
@@ -164,6 +166,21 @@ class MethodSettings:
     )
     distil_epochs: int | None = setting(None, "epochs of a distillation phase", low=1)
     soft_weight: float | None = setting(None, "weight of the soft part inside local steps", low=0)
+    average: float | None = setting(
+        None, "decay of the moving average of weights that predicts; 0: off", low=0, high=1
+    )
+    mixup: float | None = setting(
+        None, "concentration of the law that mixes rows and their targets; 0: off", low=0
+    )
+    scarce_rows: int | None = setting(
+        None, "with fewer own rows than this the soft part weighs more, in proportion", low=0
+    )
+    memory: float | None = setting(
+        None,
+        "what a soft target weighs a round later: 0 teaches the last round's alone, 1 all",
+        low=0,
+        high=1,
+    )
     prior_rows: float | None = setting(
         None, "distribution-weighted: rows a client's familiarity must outweigh", low=0
     )

@@ -17,31 +17,25 @@ Cross = dict[str, dict[str, Figures]]
 """Model (a client id, or ``student``) to site to figures."""
 
 
+COMMON = "*"
+"""Stands for every site where all are measured on the same test rows."""
+
+
 def test_rows(federated: Federated) -> dict[str, Rows]:
     """The rows each site is measured on: its own, or the common ones."""
-    names = federated.tests or federated.parts
-    return {name: federated.tests.get(name, federated.dataset.test) for name in names}
+    return dict(federated.tests) or {COMMON: federated.dataset.test}
 
 
 def cross_figures(federation: Federation, federated: Federated) -> Cross:
-    """Every model of a finished run on the test rows of every site.
-
-    Without test rows of their own all sites share one set, which is then measured once a model.
-    """
+    """Every model of a finished run on the test rows of every site."""
     tests = test_rows(federated)
     learners = {name: site.learner for name, site in federation.sites.items()}
     if federation.server.student is not None:
         learners["student"] = federation.server.student
-    cross: Cross = {}
-    for model, learner in learners.items():
-        measured: dict[int, Figures] = {}
-        for rows in tests.values():
-            if id(rows) not in measured and len(rows):
-                measured[id(rows)] = measure(learner, rows)
-        cross[model] = {
-            name: measured[id(rows)] for name, rows in tests.items() if id(rows) in measured
-        }
-    return cross
+    return {
+        model: {name: measure(learner, rows) for name, rows in tests.items() if len(rows)}
+        for model, learner in learners.items()
+    }
 
 
 def site_table(
@@ -72,8 +66,14 @@ def site_table(
 
 
 def _column(name: str, cross: Cross, model: str, site: str) -> dict[str, Figures]:
-    found = cross.get(model, {}).get(site)
+    found = _judged(cross, model, site)
     return {name: found} if found else {}
+
+
+def _judged(cross: Cross, model: str, site: str) -> Figures | None:
+    """One model's figures on the test rows of one site."""
+    found = cross.get(model, {})
+    return found.get(site) or found.get(COMMON)
 
 
 def _others(cross: Cross, site: str) -> dict[str, Figures]:
@@ -82,7 +82,8 @@ def _others(cross: Cross, site: str) -> dict[str, Figures]:
     No site could pick the best without labels of its own, so it is an upper bound of what
     borrowing a model can do; the mean is what borrowing blindly does.
     """
-    others = [found[site] for model, found in cross.items() if model != site and site in found]
+    judged = [_judged(cross, model, site) for model in cross if model != site]
+    others = [figures for figures in judged if figures]
     if not others:
         return {}
     best = max(others, key=lambda f: f["auc"] if f["auc"] is not None else f["accuracy"] or 0.0)

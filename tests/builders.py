@@ -139,9 +139,7 @@ MEAN = preset("ds-fl", rule="mean", codec="float32")
 """Plain mean of exact probabilities: the target can be computed by hand."""
 
 
-def server(
-    clients: int = 5, method: Method = MEAN, rows: int = 6, **options: Any
-) -> Server:
+def server(clients: int = 5, method: Method = MEAN, rows: int = 6, **options: Any) -> Server:
     """A server without a student, with enrolled clients c0, c1, ... of 16 rows each."""
     names = {f"c{k}": 16 for k in range(clients)}
     return Server(proxy(rows), CLASSES, None, method, names, seed=7, **options)
@@ -157,9 +155,16 @@ def upload(plan: Plan, name: str, probs: Any, **changes: Any) -> Upload:
     """An honest answer to a plan, but for ``changes``."""
     probs = np.asarray(probs, dtype=np.float32)
     given: dict[str, Any] = {
-        "client": name, "run": plan.run, "round": plan.round, "proxy": plan.proxy,
-        "classes": fingerprint_classes(CLASSES), "codec": "float32", "shape": probs.shape[:2],
-        "seen": "7", "size": bucket(16), "payload": codecs.pack(probs.astype("<f4").tobytes()),
+        "client": name,
+        "run": plan.run,
+        "round": plan.round,
+        "proxy": plan.proxy,
+        "classes": fingerprint_classes(CLASSES),
+        "codec": "float32",
+        "shape": probs.shape[:2],
+        "seen": "7",
+        "size": bucket(16),
+        "payload": codecs.pack(probs.astype("<f4").tobytes()),
     }
     return Upload(**(given | changes))
 

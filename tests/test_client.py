@@ -161,8 +161,11 @@ def marked(count: int, seed: int) -> tuple[Rows, list[bytes]]:
         patterns += [f"{value:.6g}".encode() for value in row if abs(value) > 10]
     for kind in ("<i8", ">i8", "<i4", "|u1", "<f4"):
         patterns.append(labels.astype(kind).tobytes())
-    patterns += [str(labels.tolist()).encode(), "".join(map(str, labels)).encode(),
-                 json.dumps(labels.tolist(), separators=(",", ":")).encode()]
+    patterns += [
+        str(labels.tolist()).encode(),
+        "".join(map(str, labels)).encode(),
+        json.dumps(labels.tolist(), separators=(",", ":")).encode(),
+    ]
     return Rows(inputs, labels), patterns
 
 
@@ -195,8 +198,11 @@ def test_no_private_row_and_no_label_is_in_anything_that_travels_or_is_logged(
 
     fed = federation(people, method=name)
     list(fed.run(4, gaussian(20, 3), out=tmp_path, backend=tampered(listen)))
-    travelled += [(tmp_path / "rounds.jsonl").read_bytes(), json.dumps(fed.summary()).encode(),
-                  (tmp_path / "checkpoint" / "server").read_bytes()]
+    travelled += [
+        (tmp_path / "rounds.jsonl").read_bytes(),
+        json.dumps(fed.summary()).encode(),
+        (tmp_path / "checkpoint" / "server").read_bytes(),
+    ]
     assert len(travelled) > 4 * 4 * 6
     everything = b"\0\0\0\0\0\0\0\0".join(travelled)
     found = [pattern for pattern in patterns if len(pattern) > 3 and pattern in everything]

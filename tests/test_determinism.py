@@ -30,8 +30,10 @@ def test_one_seed_gives_one_run_and_another_seed_another(name: str, tmp_path: Pa
     def run(seed: int, folder: str) -> tuple[Any, str]:
         alike = name in {"fedavg", "centralised"}
         people = [participants(1)[0]] * 3 if alike else participants(3)
-        people = [builders.Client(f"site-{k}", p.build, builders.gaussian(20, k), None, p.training)
-                  for k, p in enumerate(people)]
+        people = [
+            builders.Client(f"site-{k}", p.build, builders.gaussian(20, k), None, p.training)
+            for k, p in enumerate(people)
+        ]
         student = people[0].build if alike else builders.partial(builders.models.Linear, 4, 3)
         fed = federation(people, method=name, seed=seed, student=student, per_round=15)
         list(fed.run(3, held_out(), out=tmp_path / folder))
@@ -69,8 +71,9 @@ def test_states_of_equal_runs_are_equal_but_for_the_name_of_the_run(tmp_path: Pa
     for name in "ab":
         list(federation().run(2, out=tmp_path / name))
     for place in sorted((tmp_path / "a").rglob("state")):
-        one, other = (store.load_state(p) for p in (place, tmp_path / "b" / place.relative_to(
-            tmp_path / "a")))
+        one, other = (
+            store.load_state(p) for p in (place, tmp_path / "b" / place.relative_to(tmp_path / "a"))
+        )
         assert set(one[0]) == set(other[0])
         for key in set(one[0]) - {"upload"}:
             np.testing.assert_array_equal(one[0][key], other[0][key])
@@ -103,7 +106,10 @@ def test_seeds_are_the_same_in_every_process_and_of_63_bits() -> None:
     text = "from fedistill.seeding import derive; print(derive(7, 'site-3', 2, 'order'))"
     found = {
         subprocess.run(
-            [sys.executable, "-c", text], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", text],
+            capture_output=True,
+            text=True,
+            check=True,
             env={"PYTHONHASHSEED": str(seed), "PATH": ""},
         ).stdout.strip()
         for seed in (0, 1)
@@ -119,8 +125,12 @@ def test_seeds_are_the_same_in_every_process_and_of_63_bits() -> None:
 # --- what the source must not hold ---------------------------------------------------------------
 
 BANNED = {
-    "pickle": "code on the wire or on disk", "cloudpickle": "as pickle", "dill": "as pickle",
-    "shelve": "as pickle", "marshal": "as pickle", "joblib": "as pickle",
+    "pickle": "code on the wire or on disk",
+    "cloudpickle": "as pickle",
+    "dill": "as pickle",
+    "shelve": "as pickle",
+    "marshal": "as pickle",
+    "joblib": "as pickle",
 }
 
 
@@ -136,14 +146,18 @@ def test_no_pickle_no_wall_clock_no_global_seed(place: Path) -> None:
             continue
         assert not names & set(BANNED)
     for pattern in (
-        r"torch\.load\((?!.*weights_only=True)", r"torch\.save\(", r"allow_pickle=True",
-        r"\btime\.time(_ns)?\(", r"datetime\.(now|utcnow|today)", r"np\.random\.seed",
-        r"\brandom\.seed\(", r"np\.random\.(rand|randn|randint|permutation|choice|shuffle)\(",
+        r"torch\.load\((?!.*weights_only=True)",
+        r"torch\.save\(",
+        r"allow_pickle=True",
+        r"\btime\.time(_ns)?\(",
+        r"datetime\.(now|utcnow|today)",
+        r"np\.random\.seed",
+        r"\brandom\.seed\(",
+        r"np\.random\.(rand|randn|randint|permutation|choice|shuffle)\(",
         r"\beval\(|\bexec\(",
     ):
         found = [
-            line for line in text.splitlines()
-            if re.search(pattern, line) and ".eval(" not in line
+            line for line in text.splitlines() if re.search(pattern, line) and ".eval(" not in line
         ]
         assert found == [], pattern
     if "manual_seed" in text:

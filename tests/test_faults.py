@@ -136,28 +136,60 @@ REFUSED: list[tuple[int, str, str, Forge]] = [
     (5, "a class more", "shape", with_rows((ROWS, 4))),
     (5, "a class less", "shape", with_rows((ROWS, 2))),
     (6, "broadcastable", "shape", with_rows((1, 3))),
-    (6, "broadcastable in truth, right in the header", "shape",
-     lambda plan, probs: upload(plan, "c4", probs, payload=floats(probs[:1])).to_bytes()),
+    (
+        6,
+        "broadcastable in truth, right in the header",
+        "shape",
+        lambda plan, probs: upload(plan, "c4", probs, payload=floats(probs[:1])).to_bytes(),
+    ),
     (6, "transposed", "shape", said(shape=[3, ROWS])),
-    (7, "float64 bytes", "shape",
-     with_payload(lambda probs: codec.pack(np.asarray(probs, "<f8").tobytes()))),
-    (7, "float16 bytes", "shape",
-     with_payload(lambda probs: codec.pack(np.asarray(probs, "<f2").tobytes()))),
-    (7, "integers", "not_probs",
-     with_payload(lambda probs: codec.pack(np.full(probs.shape, 1 << 30, "<i4").tobytes()))),
+    (
+        7,
+        "float64 bytes",
+        "shape",
+        with_payload(lambda probs: codec.pack(np.asarray(probs, "<f8").tobytes())),
+    ),
+    (
+        7,
+        "float16 bytes",
+        "shape",
+        with_payload(lambda probs: codec.pack(np.asarray(probs, "<f2").tobytes())),
+    ),
+    (
+        7,
+        "integers",
+        "not_probs",
+        with_payload(lambda probs: codec.pack(np.full(probs.shape, 1 << 30, "<i4").tobytes())),
+    ),
     (7, "texts", "shape", with_payload(lambda probs: codec.pack(b"0.30 0.30 0.40\n" * len(probs)))),
     (7, "another codec than agreed", "codec", said(codec="float16")),
-    (8, "a pickle", "truncated",
-     with_payload(lambda probs: npy(np.array([{}], dtype=object), allow_pickle=True))),
-    (8, "a packed pickle", "shape",
-     with_payload(lambda probs: codec.pack(npy(np.array([{}], dtype=object), allow_pickle=True)))),
+    (
+        8,
+        "a pickle",
+        "truncated",
+        with_payload(lambda probs: npy(np.array([{}], dtype=object), allow_pickle=True)),
+    ),
+    (
+        8,
+        "a packed pickle",
+        "shape",
+        with_payload(
+            lambda probs: codec.pack(npy(np.array([{}], dtype=object), allow_pickle=True))
+        ),
+    ),
     (9, "cut in the middle", "truncated", lambda plan, probs: honest(plan, probs)[:-40]),
     (9, "an npy cut short", "truncated", with_payload(lambda probs: npy(probs)[:60])),
     (9, "a zip bomb", "shape", with_payload(bomb())),
     (9, "a header that claims 1e12 rows", "shape", said(shape=[10**12, 3])),
     (9, "a header that claims 1e300 rows", "shape", said(shape=[10**300, 10**300])),
-    (10, "above the cap", "too_large", lambda plan, probs: reseal(
-        honest(plan, probs), np.random.default_rng(0).bytes((1 << 20) + 1))),
+    (
+        10,
+        "above the cap",
+        "too_large",
+        lambda plan, probs: reseal(
+            honest(plan, probs), np.random.default_rng(0).bytes((1 << 20) + 1)
+        ),
+    ),
     (11, "a key more", "fields", said(labels=[0, 1])),
     (11, "a key less", "fields", said(seen=...)),
     (12, "other proxy rows", "proxy_version", said(proxy="0" * 64)),
@@ -178,16 +210,29 @@ REFUSED: list[tuple[int, str, str, Forge]] = [
     (19, "true rows", "size", said(size=True)),
     (19, "absurdly many rows", "size", said(size=1 << 60)),
     (19, "more rows than numbers have digits", "size", said(size=10**300)),
-    (26, "a connection lost half way", "truncated",
-     lambda plan, probs: honest(plan, probs)[: len(honest(plan, probs)) // 2]),
+    (
+        26,
+        "a connection lost half way",
+        "truncated",
+        lambda plan, probs: honest(plan, probs)[: len(honest(plan, probs)) // 2],
+    ),
     (26, "nothing", "truncated", lambda plan, probs: b""),
-    (55, "the classes in another order", "class_map",
-     lambda plan, probs: upload(plan, "c4", probs, classes=builders.fingerprint_classes(
-         ("b", "a", "c"))).to_bytes()),
+    (
+        55,
+        "the classes in another order",
+        "class_map",
+        lambda plan, probs: upload(
+            plan, "c4", probs, classes=builders.fingerprint_classes(("b", "a", "c"))
+        ).to_bytes(),
+    ),
     (64, "a huge text", "field", said(ledger="x" * 10_000)),
     (64, "a header of a megabyte", "format", said(ledger="x" * (1 << 20))),
-    (64, "text that is not UTF-8", "format", lambda plan, probs: builders.sealed_text(
-        b'{"client": "\xff\xfe"}')),
+    (
+        64,
+        "text that is not UTF-8",
+        "format",
+        lambda plan, probs: builders.sealed_text(b'{"client": "\xff\xfe"}'),
+    ),
     (64, "epsilon as a text", "field", said(epsilon="1\n2")),
     (64, "a negative epsilon", "epsilon", said(epsilon=-0.5)),
     (64, "a mask that is no number", "seen", said(seen="zz")),
@@ -223,9 +268,7 @@ def test_one_bad_message_of_five_is_refused_and_the_mean_is_that_of_the_other_fo
     assert {name: refusal.reason for name, refusal in dropped.items()} == {"c4": reason}
     assert len(str(dropped["c4"])) < 1000
     door.combine(plan, answers)
-    np.testing.assert_allclose(
-        door.table[plan.ask.rows()], np.mean(probs[:4], axis=0), atol=1e-6
-    )
+    np.testing.assert_allclose(door.table[plan.ask.rows()], np.mean(probs[:4], axis=0), atol=1e-6)
 
 
 @fault(16)
@@ -268,8 +311,12 @@ def test_a_number_of_rows_above_the_enrolled_one_is_clamped_to_it(fault: object)
         door = server(3, method=replace(MEAN, rule=weigh), rows=ROWS)
         plan = door.plan(1)
         messages = [
-            (f"c{k}", upload(plan, f"c{k}", probabilities(ROWS, k),
-                             size=claim if k == 2 else 16).to_bytes())
+            (
+                f"c{k}",
+                upload(
+                    plan, f"c{k}", probabilities(ROWS, k), size=claim if k == 2 else 16
+                ).to_bytes(),
+            )
             for k in range(3)
         ]
         answers, dropped = judge(door, plan, messages)
@@ -285,8 +332,10 @@ def test_equal_weights_do_not_look_at_the_number_of_rows(fault: object) -> None:
     for claim in (1, 1 << 30):
         door = server(3, rows=ROWS)
         plan = door.plan(1)
-        messages = [(f"c{k}", upload(plan, f"c{k}", probabilities(ROWS, k), size=claim).to_bytes())
-                    for k in range(3)]
+        messages = [
+            (f"c{k}", upload(plan, f"c{k}", probabilities(ROWS, k), size=claim).to_bytes())
+            for k in range(3)
+        ]
         door.combine(plan, judge(door, plan, messages)[0])
         tables.append(door.table.copy())
     np.testing.assert_array_equal(*tables)
@@ -363,8 +412,12 @@ WRONG = [
     (2, "infinity", "nonfinite", logits_with(np.inf)),
     (2, "minus infinity", "nonfinite", logits_with(-np.inf)),
     (3, "two of forty rows beyond 1e4", "extreme", logits_with(5e4, 2)),
-    (3, "beyond float32 when added up", "extreme", lambda s, x: np.full((len(x), 3), 3e38, "f4")
-     * np.array([1, 1, -1], "f4")),
+    (
+        3,
+        "beyond float32 when added up",
+        "extreme",
+        lambda s, x: np.full((len(x), 3), 3e38, "f4") * np.array([1, 1, -1], "f4"),
+    ),
     (4, "a row less", "shape", lambda s, x: np.zeros((len(x) - 1, 3), "f4")),
     (5, "a class more", "shape", lambda s, x: np.zeros((len(x), 4), "f4")),
     (6, "broadcastable", "shape", lambda s, x: np.zeros((1, 3), "f4")),
@@ -446,9 +499,7 @@ STOCK: list[tuple[str, Forge, str | None]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("forge", "reason"), [pytest.param(f, r, id=name) for name, f, r in STOCK]
-)
+@pytest.mark.parametrize(("forge", "reason"), [pytest.param(f, r, id=name) for name, f, r in STOCK])
 def test_where_stock_strategies_break_the_target_is_the_mean_of_the_good(
     forge: Forge, reason: str | None
 ) -> None:
@@ -504,9 +555,22 @@ def test_a_client_that_is_late_three_times_is_only_probed_and_comes_back(fault: 
         rows.append(row)
         awake[0] = row["round"] >= 7
     assert [row["dropped"].get("site-1") for row in rows] == [
-        "late", "late", "late", None, None, "late", None, None, None, None, None, None]
+        "late",
+        "late",
+        "late",
+        None,
+        None,
+        "late",
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+    ]
     assert [row["flags"].get("site-1") == ["inactive"] for row in rows] == (
-        [False] * 2 + [True] * 6 + [False] * 4)
+        [False] * 2 + [True] * 6 + [False] * 4
+    )
     asked = [number for number, names in enumerate(line[0].asked, start=1) if "site-1" in names]
     assert asked == [1, 2, 3, 6, 9, 10, 11, 12]
     assert [row["clients_ok"] for row in rows] == [4] * 8 + [5] * 4
@@ -554,8 +618,9 @@ def test_fewer_than_three_are_never_added_up_and_the_run_resumes_to_the_same_end
         list(broken.run(3, held_out(), out=tmp_path / "broken", backend=tampered(shortage)))
     assert broken.server.round == 1
     again = federation()
-    assert [row["round"] for row in again.run(
-        3, held_out(), out=tmp_path / "broken", resume=True)] == [2, 3]
+    assert [
+        row["round"] for row in again.run(3, held_out(), out=tmp_path / "broken", resume=True)
+    ] == [2, 3]
     assert again.server.digest() == whole.server.digest()
     assert timeless(again.history) == timeless(expected)
 
@@ -589,15 +654,20 @@ def test_the_command_ends_with_3_and_says_quorum_and_goes_on_later(
     from fedistill.backends.serial import Serial
 
     with monkeypatch.context() as patch:
-        patch.setattr(Serial, "run", lambda self, plan: iter(
-            Failure(name, plan.round, "late") for name in plan.clients))
+        patch.setattr(
+            Serial,
+            "run",
+            lambda self, plan: iter(Failure(name, plan.round, "late") for name in plan.clients),
+        )
         with pytest.raises(QuorumError) as caught:
             experiment.run(settings, out=tmp_path / "run")
     assert caught.value.exit_code == 3
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "failed:quorum"
-    assert experiment.run(settings, out=tmp_path / "run", resume=True)["soft_targets_sha256"] == (
-        whole["soft_targets_sha256"])
+    assert (
+        experiment.run(settings, out=tmp_path / "run", resume=True)["soft_targets_sha256"]
+        == (whole["soft_targets_sha256"])
+    )
 
 
 @fault(26)
@@ -635,14 +705,31 @@ def kill_in(monkeypatch: pytest.MonkeyPatch, name: str, when: int, after: bool) 
 @fault(27, 28)
 @pytest.mark.parametrize(
     ("name", "when", "after"),
-    [("save_state", 9, False), ("save_state", 9, True), ("save_state", 10, False),
-     ("save_state", 10, True), ("save_lines", 2, False), ("save_lines", 2, True),
-     ("save_lines", 3, False)],
-    ids=["clients saved but one", "clients saved", "before the server's save",
-         "after the server's save", "before the log", "after the log", "the last log"],
+    [
+        ("save_state", 9, False),
+        ("save_state", 9, True),
+        ("save_state", 10, False),
+        ("save_state", 10, True),
+        ("save_lines", 2, False),
+        ("save_lines", 2, True),
+        ("save_lines", 3, False),
+    ],
+    ids=[
+        "clients saved but one",
+        "clients saved",
+        "before the server's save",
+        "after the server's save",
+        "before the log",
+        "after the log",
+        "the last log",
+    ],
 )
 def test_a_kill_between_two_saves_resumes_to_the_same_bytes(
-    fault: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, when: int,
+    fault: object,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    when: int,
     after: bool,
 ) -> None:
     """Four sites and the server save in each round: 9 is the last site of round 2."""
@@ -680,6 +767,7 @@ def test_a_site_that_was_refused_in_a_round_resumes_as_if_nothing_had_happened(
     fault: object, tmp_path: Path
 ) -> None:
     """The model trained in the round it was refused in; that too must survive a restart."""
+
     def people() -> list[Client]:
         def say(learner: Saying, inputs: Any) -> Any:
             z = np.full((len(inputs), 3), float(learner.fitted), "f4")
@@ -725,6 +813,7 @@ def _fail_at(real: Any, when: int) -> Any:
         if calls[0] != when:
             return real(*args, **kwargs)
         with pytest.MonkeyPatch.context() as patch:
+
             def full(handle: int) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -845,13 +934,15 @@ def _tree(people: list[Client]) -> dict[str, Any]:
 @fault(35)
 @pytest.mark.parametrize(
     ("change", "texts"),
-    [(_wider, ["site-0", "other shape", "[9, 4]"]),
-     (_tree, ["site-0", "another model", "missing"]),
-     (lambda people: {"student": partial(models.MLP, 4, 3, width=5)}, ["student", "missing"]),
-     (lambda people: {"seed": 8}, ["other settings", "seed"]),
-     (lambda people: {"proxy": proxy(41)}, ["other settings", "proxy"]),
-     (lambda people: {"per_round": 10}, ["other settings", "proxy rows in a round"]),
-     (lambda people: {"method": "ds-fl"}, ["other settings", "method"])],
+    [
+        (_wider, ["site-0", "other shape", "[9, 4]"]),
+        (_tree, ["site-0", "another model", "missing"]),
+        (lambda people: {"student": partial(models.MLP, 4, 3, width=5)}, ["student", "missing"]),
+        (lambda people: {"seed": 8}, ["other settings", "seed"]),
+        (lambda people: {"proxy": proxy(41)}, ["other settings", "proxy"]),
+        (lambda people: {"per_round": 10}, ["other settings", "proxy rows in a round"]),
+        (lambda people: {"method": "ds-fl"}, ["other settings", "method"]),
+    ],
     ids=["wider", "a tree", "student", "seed", "proxy", "per round", "method"],
 )
 def test_a_checkpoint_of_another_run_is_refused_by_what_differs(
@@ -882,11 +973,23 @@ def test_a_checkpoint_of_a_newer_format_says_what_it_needs(
 @fault(42)
 @pytest.mark.parametrize(
     "text",
-    ["rounds = 0", "seed = -1", "[clients]\nlr = 0", "[clients]\nlr = nan", "[clients]\ncount = 0",
-     "[clients]\nparticipation = 0", "[clients]\nparticipation = 1.5", "[clients]\nalpha = -1",
-     "[clients]\ncount = 3\nquorum = 4", "[proxy]\nrows = 5\nper_round = 6", "[proxy]\nrows = 0",
-     "[method]\ntemperature = 0", "[method]\nsharpen = \"era:-1\"",
-     "[privacy]\nmechanism = \"magic\"", "[backend]\nmax_message_mb = 0"],
+    [
+        "rounds = 0",
+        "seed = -1",
+        "[clients]\nlr = 0",
+        "[clients]\nlr = nan",
+        "[clients]\ncount = 0",
+        "[clients]\nparticipation = 0",
+        "[clients]\nparticipation = 1.5",
+        "[clients]\nalpha = -1",
+        "[clients]\ncount = 3\nquorum = 4",
+        "[proxy]\nrows = 5\nper_round = 6",
+        "[proxy]\nrows = 0",
+        "[method]\ntemperature = 0",
+        '[method]\nsharpen = "era:-1"',
+        '[privacy]\nmechanism = "magic"',
+        "[backend]\nmax_message_mb = 0",
+    ],
 )
 def test_impossible_settings_are_an_error_before_anything_is_read(fault: object, text: str) -> None:
     with pytest.raises(SettingsError) as caught:
@@ -1071,7 +1174,8 @@ def test_private_rows_among_the_proxy_rows_are_counted_at_the_client(fault: obje
     fed = federation(people, proxy=shared)
     list(fed.run(1))
     assert [note for note in fed.notes if "proxy rows" in note] == [
-        "site-1 has 2 private rows that are also proxy rows"]
+        "site-1 has 2 private rows that are also proxy rows"
+    ]
     assert data.overlap(inputs, shared.inputs).tolist() == [2, 5]
 
 
@@ -1142,12 +1246,19 @@ def test_a_signal_ends_a_real_run_with_130_and_resume_ends_in_the_same_bytes(
 @fault(62)
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("[clients]\nepoch = 2", 'did you mean "epochs"?'), ("[client]\ncount = 2", '"clients"'),
-     ('[method]\npreset = "ds_fl"', 'did you mean "ds-fl"?'),
-     ("rounds = 2.5", "expected a whole number"), ('[clients]\nlr = "fast"', "expected a number"),
-     ('seed = "7"', "expected a whole number"), ("[clients]\ncount = true", "a whole number"),
-     ('[method]\nrule = "maen"', '"mean"'), ("[data]\ndrop = 3", "expected a list"),
-     ("data = 3", "expected a table"), ("rounds = \nseed = 1", "TOML")],
+    [
+        ("[clients]\nepoch = 2", 'did you mean "epochs"?'),
+        ("[client]\ncount = 2", '"clients"'),
+        ('[method]\npreset = "ds_fl"', 'did you mean "ds-fl"?'),
+        ("rounds = 2.5", "expected a whole number"),
+        ('[clients]\nlr = "fast"', "expected a number"),
+        ('seed = "7"', "expected a whole number"),
+        ("[clients]\ncount = true", "a whole number"),
+        ('[method]\nrule = "maen"', '"mean"'),
+        ("[data]\ndrop = 3", "expected a list"),
+        ("data = 3", "expected a table"),
+        ("rounds = \nseed = 1", "TOML"),
+    ],
 )
 def test_unknown_keys_and_wrong_types_come_with_the_line_and_the_nearest_key(
     fault: object, text: str, hint: str, tmp_path: Path
@@ -1164,13 +1275,14 @@ def test_unknown_keys_and_wrong_types_come_with_the_line_and_the_nearest_key(
 @fault(62)
 def test_all_problems_of_a_file_are_told_at_once(fault: object) -> None:
     with pytest.raises(SettingsError) as caught:
-        config.parse("rounds = 0\nsed = 1\n[clients]\nlr = -1\nmodel = \"mpl\"\n")
+        config.parse('rounds = 0\nsed = 1\n[clients]\nlr = -1\nmodel = "mpl"\n')
     assert len(caught.value.problems) == 4
 
 
 @fault(64)
 @pytest.mark.parametrize(
-    "name", ["x\n2026-01-01 ERROR all is lost", "x" * 100_000, "\ud800\x1b[2J", "\r\n\r\n", ""],
+    "name",
+    ["x\n2026-01-01 ERROR all is lost", "x" * 100_000, "\ud800\x1b[2J", "\r\n\r\n", ""],
     ids=["a log line", "long", "no text", "line ends", "empty"],
 )
 def test_names_and_reasons_from_outside_cannot_write_into_the_log(
@@ -1235,7 +1347,9 @@ def test_the_fedavg_baseline_weighs_by_enrolled_rows_whatever_is_claimed_later(
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # typer on click 8.4
 @pytest.mark.parametrize("number", [60])
 def test_an_interrupted_command_says_how_to_go_on(
-    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    number: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     from fedistill import cli

@@ -22,7 +22,10 @@ from fedistill.wire.messages import UPLOAD_FIELDS, Failure, Plan
 
 ROWS = 6
 VALUES = (
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.text(max_size=20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.lists(st.integers(-3, 10**13), max_size=3)
     | st.sampled_from(["probs", "none", "weights", "float32", "u8", "c0", "ff", "-1", "0x1", "1e9"])
@@ -94,8 +97,11 @@ def test_a_whole_run_of_arbitrary_bytes_ends_with_the_quorum_and_nothing_else(
 ) -> None:
     def noise(sender: str, data: bytes, plan: Plan) -> Any:
         number = int(sender[-1])
-        return [Reply(sender, blobs[number]), Reply(name, blobs[number]),
-                Failure(name, plan.round, name)]
+        return [
+            Reply(sender, blobs[number]),
+            Reply(name, blobs[number]),
+            Failure(name, plan.round, name),
+        ]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedistill.federation.time.sleep", lambda seconds: None)
@@ -111,8 +117,11 @@ def test_the_quorum_is_three_teachers_whatever_else_answers(good: int) -> None:
     plan = door.plan(1)
     answers = []
     for k in range(5):
-        share = {} if k < good else {"share": "none", "shape": (0, 3), "size": 0,
-                                     "payload": codec.pack(b"")}
+        share = (
+            {}
+            if k < good
+            else {"share": "none", "shape": (0, 3), "size": 0, "payload": codec.pack(b"")}
+        )
         message = upload(plan, f"c{k}", probabilities(ROWS, k), **share).to_bytes()
         answers.append(door.check(message, plan, f"c{k}", set()))
     if good < 3:
@@ -145,8 +154,12 @@ def test_a_server_restored_from_its_state_plans_the_same_bytes() -> None:
     for number in (1, 2):
         plan = door.plan(number)
         answers = [
-            door.check(upload(plan, f"c{k}", probabilities(4, 10 * number + k)).to_bytes(),
-                       plan, f"c{k}", set())
+            door.check(
+                upload(plan, f"c{k}", probabilities(4, 10 * number + k)).to_bytes(),
+                plan,
+                f"c{k}",
+                set(),
+            )
             for k in range(5)
         ]
         door.combine(plan, answers)
@@ -166,9 +179,14 @@ def test_rows_that_nobody_answers_for_are_left_out_of_the_targets() -> None:
         probs[[1, 4]] = np.nan
         return probs
 
-    door = Server(server(rows=ROWS).proxy, ("a", "b", "c"), None,
-                  dataclasses.replace(MEAN, rule=silent_on_two), {f"c{k}": 16 for k in range(3)},
-                  seed=7)
+    door = Server(
+        server(rows=ROWS).proxy,
+        ("a", "b", "c"),
+        None,
+        dataclasses.replace(MEAN, rule=silent_on_two),
+        {f"c{k}": 16 for k in range(3)},
+        seed=7,
+    )
     plan = door.plan(1)
     answers = [
         door.check(upload(plan, f"c{k}", probabilities(ROWS, k)).to_bytes(), plan, f"c{k}", set())

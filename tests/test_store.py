@@ -134,9 +134,11 @@ def test_a_full_disk_at_any_call_leaves_whole_files_and_no_rubbish(
     store.save_state(place, OTHER, {"g": 2})
     with monkeypatch.context() as patch:
         full = Full(patch, k)
-        with contextlib.nullcontext() if k > CALLS else pytest.raises(
-            RunError, match=r"disk full .*--resume"
-        ) as caught:
+        with (
+            contextlib.nullcontext()
+            if k > CALLS
+            else pytest.raises(RunError, match=r"disk full .*--resume") as caught
+        ):
             store.save_state(place, ARRAYS, {"g": 3})
     assert k > CALLS or caught.value.exit_code == 3
     assert names(tmp_path) == {"s", "s.previous"}
@@ -338,8 +340,13 @@ def test_another_model_is_refused_with_the_names_that_differ() -> None:
     with pytest.raises(CheckpointError) as caught:
         store.same_names(saved, wanted, "site-1")
     text = str(caught.value)
-    for part in ("site-1", "missing head.bias", "unexpected trunk.0.weight",
-                 "head.weight [3, 16] instead of [3, 8]", "resume with the settings"):
+    for part in (
+        "site-1",
+        "missing head.bias",
+        "unexpected trunk.0.weight",
+        "head.weight [3, 16] instead of [3, 8]",
+        "resume with the settings",
+    ):
         assert part in text
 
 

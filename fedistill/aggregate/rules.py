@@ -114,10 +114,10 @@ def power_mean(logits: Logits, weights: FloatArray, exponent: float = 2.0) -> Pr
 def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Probs:
     """Mean over the clients that have seen a class; others neither vote for it nor against it.
 
-    For clients that train with the log of their class shares added to their logits, so that the
-    shared logits estimate p(x|y) up to a constant: a class that a client never met has no
-    estimate there. Each class takes the mean of the log-probabilities of those who know it,
-    each client first centred on the classes it knows; a class nobody knows gets nothing.
+    For clients that train with the log of their class shares added to their logits, so that what
+    they share is free of their own class mix. Each client's probabilities are renormalised over
+    the classes it has met; each class takes the mean over those who have met it; a class nobody
+    met gets nothing.
 
     Args:
         logits: ``[clients, rows, classes]``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ def flag_predictions(
 ) -> tuple[Probs, FloatArray, dict[str, list[str]]]:
     """Predictions stacked ``[clients, rows, classes]``, a weight each, and remarks.
 
-    * the same predictions from two clients (a free rider): ``identical``, half the weight each;
+    * the same predictions from several clients (free riders): ``identical``, one weight in all;
     * one prediction for all rows: ``constant``, it says nothing, weight 0, unless all do;
     * certainty on every row: ``overconfident``, smoothed by one percent.
 
@@ -49,7 +49,7 @@ def flag_predictions(
         ]
         if twins and len(rows) > 1:
             flags.setdefault(name, []).append("identical")
-            weights[index] *= 0.5
+            weights[index] /= 1 + len(twins)
         if len(rows) > 1 and np.ptp(said[index], axis=0).max() < 1e-9:
             flags.setdefault(name, []).append("constant")
             weights[index] = 0.0
@@ -74,6 +74,11 @@ class Vigilance:
     def note(self, client: str, *, answered: bool) -> None:
         """Record that an asked client answered, or did not."""
         self.misses[client] = 0 if answered else self.misses.get(client, 0) + 1
+
+    def note_all(self, asked: Iterable[str], answered: Collection[str]) -> None:
+        """Record a round: who was asked, and who of them answered."""
+        for client in asked:
+            self.note(client, answered=client in answered)
 
     def inactive(self) -> list[str]:
         """Clients that missed too many rounds in a row."""

@@ -14,7 +14,7 @@ class Recipe:
         batch_size: own rows in a step; as many proxy rows join them.
         lr: learning rate.
         optimizer: ``sgd``, ``adam`` or ``adamw``; its state goes on from round to round.
-        momentum: of sgd.
+        momentum: of sgd; None leaves it to the method, which may leave it at 0.
         weight_decay: of the optimizer.
         clip: largest gradient norm; 0 leaves gradients alone.
         schedule: ``constant``, or ``cosine``: the rate falls to 0 over each call.
@@ -37,7 +37,7 @@ class Recipe:
     batch_size: int = 50
     lr: float = 0.1
     optimizer: str = "sgd"
-    momentum: float = 0.0
+    momentum: float | None = None
     weight_decay: float = 0.0
     clip: float = 5.0
     schedule: str = "constant"

@@ -314,6 +314,6 @@ def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optim
         {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
     ]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, foreach=True)
+        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum or 0.0, foreach=True)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, recipe.lr, foreach=True)

@@ -190,7 +190,8 @@ class Upload:
         temperature: of the softmax before coding; 1.
         shape: rows and classes of the predictions.
         familiarity: whether one byte a row of log density ratio follows the predictions.
-        seen: the classes the client has met, as a bit mask in hexadecimal.
+        seen: the classes the client has met, as a bit mask in hexadecimal; 0 where the rule does
+            not ask for it.
         size: number of own rows, rounded to a power of two; 0 for none.
         epsilon: privacy spent so far; None means no differential privacy.
         ledger: head of the client's privacy ledger, empty without one.

@@ -80,16 +80,19 @@ def test_a_site_column_is_no_feature(write: Write) -> None:
 SECRET = "7654321"
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    (f"a,label\n1,0\n{SECRET},0,1\n", r"t\.csv, line 3: expected 2 columns.*found 3"),
-    (f"a,label\n1,0\n{SECRET}\n", r"line 3: expected 2 columns.*found 1"),
-    (f"a,label\n{SECRET},\n1,0\n", "line 2: expected a label"),
-    (f"a,label\n{SECRET},?\n1,0\n", "line 2: expected a label"),
-    ("a,label\n1,0\n2,1\nnan,1\n", 'line 4, column "a": expected a finite number'),
-    ("a,label\n1,0\n-inf,1\n", 'line 3, column "a": expected a finite number'),
-    ("a,label\n1,0\n1e300,1\n", 'line 3, column "a": expected a finite number'),
-    ("a,label\n1,0\n2,nan\n", "line 3: expected a label"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"a,label\n1,0\n{SECRET},0,1\n", r"t\.csv, line 3: expected 2 columns.*found 3"),
+        (f"a,label\n1,0\n{SECRET}\n", r"line 3: expected 2 columns.*found 1"),
+        (f"a,label\n{SECRET},\n1,0\n", "line 2: expected a label"),
+        (f"a,label\n{SECRET},?\n1,0\n", "line 2: expected a label"),
+        ("a,label\n1,0\n2,1\nnan,1\n", 'line 4, column "a": expected a finite number'),
+        ("a,label\n1,0\n-inf,1\n", 'line 3, column "a": expected a finite number'),
+        ("a,label\n1,0\n1e300,1\n", 'line 3, column "a": expected a finite number'),
+        ("a,label\n1,0\n2,nan\n", "line 3: expected a label"),
+    ],
+)
 def test_fault_47_bad_rows_are_named_by_line_and_never_shown(
     write: Write, text: str, said: str
 ) -> None:
@@ -113,17 +116,18 @@ def test_one_stray_text_in_a_column_of_numbers_is_named(write: Write) -> None:
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"label": "lable"}, 'did you mean "label"'),
-    ({"drop": ("colr",)}, 'data.drop.*did you mean "colour"'),
-    ({"label": "5"}, "found none"),
-    ({"separator": ""}, "expected one character, found 0"),
-    ({"drop": ("age", "colour")}, "a feature column"),
-    ({"positive_above": 1.0}, "expected numbers as labels"),
-])
-def test_wrong_settings_say_what_to_do(
-    write: Write, changes: dict[str, object], said: str
-) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"label": "lable"}, 'did you mean "label"'),
+        ({"drop": ("colr",)}, 'data.drop.*did you mean "colour"'),
+        ({"label": "5"}, "found none"),
+        ({"separator": ""}, "expected one character, found 0"),
+        ({"drop": ("age", "colour")}, "a feature column"),
+        ({"positive_above": 1.0}, "expected numbers as labels"),
+    ],
+)
+def test_wrong_settings_say_what_to_do(write: Write, changes: dict[str, object], said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write, SMALL, **changes)
 
@@ -134,13 +138,16 @@ def test_a_first_line_of_data_is_not_shown_as_column_names(write: Write) -> None
     assert SECRET not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("", "found an empty file"),
-    ("a,label\n", "expected rows, found none"),
-    ("a,a,label\n1,2,0\n", "that of column 1 twice"),
-    ("a,label\n" + "".join(f"1,{n}.5\n" for n in range(60)), "set data.positive_above"),
-    ("a,label\n" + "".join(f"1,w{n}\n" for n in range(60)), "60 different values"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found an empty file"),
+        ("a,label\n", "expected rows, found none"),
+        ("a,a,label\n1,2,0\n", "that of column 1 twice"),
+        ("a,label\n" + "".join(f"1,{n}.5\n" for n in range(60)), "set data.positive_above"),
+        ("a,label\n" + "".join(f"1,w{n}\n" for n in range(60)), "60 different values"),
+    ],
+)
 def test_files_without_use_are_refused(write: Write, text: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write, text)
@@ -175,7 +182,10 @@ def test_the_four_hospitals(real: Callable[[str], Path]) -> None:
     table = read("csv:heart_disease_uci/processed.*.data", settings, column="file")
     names, counts = np.unique(table.columns["file"], return_counts=True)
     assert dict(zip(names.tolist(), counts.tolist(), strict=True)) == {
-        "cleveland": 303, "hungarian": 294, "switzerland": 123, "va": 200,
+        "cleveland": 303,
+        "hungarian": 294,
+        "switzerland": 123,
+        "va": 200,
     }
     assert table.inputs.shape == (920, 13)
     assert np.bincount(table.labels).tolist() == [411, 509]

@@ -54,14 +54,17 @@ def test_a_file_cut_at_any_eighth_is_refused(tmp_path: Path, end: str, eighth: i
         read("idx:t", settings)
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (images(magic=0x801), "another kind of file"),
-    (images() + b"\0", "found 41"),
-    (images(count=5), "expected 46 bytes for 5 items, found 40"),
-    (struct.pack(">4I", 0x803, 0, 2, 3), "cut off or damaged"),
-    (struct.pack(">4I", 0x803, *[2**32 - 1] * 3), "cut off or damaged"),
-    (b"", "header of 16 bytes"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (images(magic=0x801), "another kind of file"),
+        (images() + b"\0", "found 41"),
+        (images(count=5), "expected 46 bytes for 5 items, found 40"),
+        (struct.pack(">4I", 0x803, 0, 2, 3), "cut off or damaged"),
+        (struct.pack(">4I", 0x803, *[2**32 - 1] * 3), "cut off or damaged"),
+        (b"", "header of 16 bytes"),
+    ],
+)
 def test_wrong_headers_are_refused(content: bytes, said: str) -> None:
     with pytest.raises(DataError, match=said):
         parse_idx(content, 3, Path("x"))

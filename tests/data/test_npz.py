@@ -28,8 +28,13 @@ def test_tables_under_usual_names(tmp_path: Path, inputs: str, labels: str) -> N
 
 def test_a_split_by_its_prefix_and_labels_in_a_column(tmp_path: Path) -> None:
     pixels = np.zeros((2, 5, 6), np.uint8)
-    table = load(tmp_path, "a.npz#val", val_images=pixels, val_labels=np.array([[1], [0]]),
-                 train_images=pixels)
+    table = load(
+        tmp_path,
+        "a.npz#val",
+        val_images=pixels,
+        val_labels=np.array([[1], [0]]),
+        train_images=pixels,
+    )
     assert (table.inputs.shape, table.kind, table.auto) == ((2, 1, 5, 6), "image", "centred")
     assert table.labels.tolist() == [1, 0]
 
@@ -42,9 +47,15 @@ def test_channels_come_first(tmp_path: Path) -> None:
     assert table.auto == "none"
 
 
-@pytest.mark.parametrize(("labels", "row"), [
-    ([0, -1, 1], 1), ([0, 1, 0.5], 2), ([0, 1, np.nan], 2), ([0, 1, 10**9], 2),
-])
+@pytest.mark.parametrize(
+    ("labels", "row"),
+    [
+        ([0, -1, 1], 1),
+        ([0, 1, 0.5], 2),
+        ([0, 1, np.nan], 2),
+        ([0, 1, 10**9], 2),
+    ],
+)
 def test_fault_47_labels_out_of_range_are_named_by_row(
     tmp_path: Path, labels: list[float], row: int
 ) -> None:
@@ -61,18 +72,21 @@ def test_fault_47_features_must_be_finite(tmp_path: Path, value: float) -> None:
         load(tmp_path, x=inputs, y=np.zeros(4, np.int64))
 
 
-@pytest.mark.parametrize(("arrays", "said"), [
-    ({"x": np.array([{}, {}], object), "y": np.zeros(2)}, "Python objects"),
-    ({"x": np.zeros((2, 2)), "y": np.zeros(3)}, "expected 2 labels.*found 3"),
-    ({"x": np.zeros((2, 2)), "y": np.array(1)}, "found a single value"),
-    ({"x": np.zeros(2), "y": np.zeros(2)}, "reshape"),
-    ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "reshape"),
-    ({"x": np.array([["a"]]), "y": np.zeros(1)}, "reshape"),
-    ({"x": np.zeros((2, 2)), "y": np.array(["a", "b"])}, "one number per row"),
-    ({"x": np.zeros((2, 2)), "y": np.zeros((2, 2))}, "one number per row"),
-    ({"z": np.zeros((2, 2))}, "expected an array named inputs or"),
-    ({"x": np.zeros((2, 2))}, "expected an array named labels or"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"x": np.array([{}, {}], object), "y": np.zeros(2)}, "Python objects"),
+        ({"x": np.zeros((2, 2)), "y": np.zeros(3)}, "expected 2 labels.*found 3"),
+        ({"x": np.zeros((2, 2)), "y": np.array(1)}, "found a single value"),
+        ({"x": np.zeros(2), "y": np.zeros(2)}, "reshape"),
+        ({"x": np.zeros((0, 2)), "y": np.zeros(0)}, "reshape"),
+        ({"x": np.array([["a"]]), "y": np.zeros(1)}, "reshape"),
+        ({"x": np.zeros((2, 2)), "y": np.array(["a", "b"])}, "one number per row"),
+        ({"x": np.zeros((2, 2)), "y": np.zeros((2, 2))}, "one number per row"),
+        ({"z": np.zeros((2, 2))}, "expected an array named inputs or"),
+        ({"x": np.zeros((2, 2))}, "expected an array named labels or"),
+    ],
+)
 def test_archives_without_use_are_refused(
     tmp_path: Path, arrays: dict[str, Any], said: str
 ) -> None:

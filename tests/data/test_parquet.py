@@ -34,9 +34,15 @@ def picture(value: int, size: tuple[int, int] = (4, 3), mode: str = "RGB") -> by
 
 
 def test_numbers_texts_and_gaps(tmp_path: Path) -> None:
-    table = load(tmp_path, {
-        "a": [1, None, 3], "b": [True, False, None], "c": ["x", None, "y"], "label": ["n", "y", "n"]
-    })
+    table = load(
+        tmp_path,
+        {
+            "a": [1, None, 3],
+            "b": [True, False, None],
+            "c": ["x", None, "y"],
+            "label": ["n", "y", "n"],
+        },
+    )
     assert table.features == ("a", "b", "c=x", "c=y")
     expected = [[1, 1, 1, 0], [np.nan, 0, 0, 0], [3, np.nan, 0, 1]]
     np.testing.assert_array_equal(table.inputs, np.array(expected, np.float32))

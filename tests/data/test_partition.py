@@ -53,11 +53,13 @@ def test_iid_deals_every_row_once_and_evenly(labels: list[int], clients: int, se
 
 
 @quick
-@given(st.lists(st.integers(0, 4), min_size=18, max_size=120), st.integers(1, 6),
-       st.integers(1, 3), SEEDS)
-def test_shards_deal_every_row_once(
-    labels: list[int], clients: int, each: int, seed: int
-) -> None:
+@given(
+    st.lists(st.integers(0, 4), min_size=18, max_size=120),
+    st.integers(1, 6),
+    st.integers(1, 3),
+    SEEDS,
+)
+def test_shards_deal_every_row_once(labels: list[int], clients: int, each: int, seed: int) -> None:
     parts = shards(rows_with(labels), clients, each, seed)
     assert len(parts) == clients
     assert ids(parts) == list(range(len(labels)))
@@ -66,8 +68,12 @@ def test_shards_deal_every_row_once(
 @quick
 @given(st.lists(st.sampled_from(["ulm", "bern", "wien"]), min_size=1, max_size=50))
 def test_by_column_gives_one_client_per_value(site: list[str]) -> None:
-    rows = Rows(np.zeros((len(site), 1), np.float32), np.zeros(len(site), np.int64),
-                np.arange(len(site)), np.array(site))
+    rows = Rows(
+        np.zeros((len(site), 1), np.float32),
+        np.zeros(len(site), np.int64),
+        np.arange(len(site)),
+        np.array(site),
+    )
     parts = by_column(rows)
     assert sorted(parts) == sorted(set(site))
     assert ids(list(parts.values())) == list(range(len(site)))
@@ -75,16 +81,17 @@ def test_by_column_gives_one_client_per_value(site: list[str]) -> None:
         assert set(part.site) == {name}
 
 
-@pytest.mark.parametrize("deal", [
-    lambda rows, seed: iid(rows, 5, seed),
-    lambda rows, seed: dirichlet(rows, 5, 0.5, seed),
-    lambda rows, seed: shards(rows, 5, 2, seed),
-])
+@pytest.mark.parametrize(
+    "deal",
+    [
+        lambda rows, seed: iid(rows, 5, seed),
+        lambda rows, seed: dirichlet(rows, 5, 0.5, seed),
+        lambda rows, seed: shards(rows, 5, 2, seed),
+    ],
+)
 def test_the_seed_decides(deal: Callable[[Rows, int], list[Rows]]) -> None:
     rows = rows_with([0, 1, 2, 3, 4] * 20)
-    first, again, other = (
-        [part.ids.tolist() for part in deal(rows, seed)] for seed in (7, 7, 8)
-    )
+    first, again, other = ([part.ids.tolist() for part in deal(rows, seed)] for seed in (7, 7, 8))
     assert first == again
     assert first != other
 
@@ -115,15 +122,18 @@ def test_fault_46_a_client_may_hold_a_single_row(make_rows: Make) -> None:
     assert [len(part) for part in iid(make_rows([0, 1, 0]), 3, 7)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("call", "said"), [
-    (lambda rows: iid(rows, 5, 7), "lower clients.count"),
-    (lambda rows: iid(rows, 0, 7), "at least one client"),
-    (lambda rows: dirichlet(rows, 2, 0.0, 7), "alpha above 0"),
-    (lambda rows: dirichlet(rows, 2, 1.0, 7, min_rows=3), "lower min_rows"),
-    (lambda rows: dirichlet(rows, 4, 0.001, 7, min_rows=1), "raise alpha"),
-    (lambda rows: shards(rows, 3, 2, 7), "1 to 4 shards"),
-    (by_column, "site column"),
-])
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda rows: iid(rows, 5, 7), "lower clients.count"),
+        (lambda rows: iid(rows, 0, 7), "at least one client"),
+        (lambda rows: dirichlet(rows, 2, 0.0, 7), "alpha above 0"),
+        (lambda rows: dirichlet(rows, 2, 1.0, 7, min_rows=3), "lower min_rows"),
+        (lambda rows: dirichlet(rows, 4, 0.001, 7, min_rows=1), "raise alpha"),
+        (lambda rows: shards(rows, 3, 2, 7), "1 to 4 shards"),
+        (by_column, "site column"),
+    ],
+)
 def test_impossible_wishes_are_refused(
     make_rows: Make, call: Callable[[Rows], object], said: str
 ) -> None:
@@ -162,15 +172,18 @@ def test_by_file_takes_the_rows_it_names(tmp_path: Path, make_rows: Make) -> Non
         by_file(rows.take([1, 4]), place, "k")
 
 
-@pytest.mark.parametrize(("arrays", "said"), [
-    ({"k_0": [0, 6]}, "k_0: expected row numbers from 0 to 5, found another at position 1"),
-    ({"k_0": [-1]}, "k_0: .* found another at position 0"),
-    ({"k_0": [1, 1]}, "found one in k_0 and again in k_0"),
-    ({"k_0": [1], "k_1": [1]}, "found one in k_0 and again in k_1"),
-    ({"k_0": [1], "public": [1]}, "found one in k_0 and again in public"),
-    ({"k_0": [0.5]}, "k_0: expected a list of whole numbers"),
-    ({"dir_0": [1]}, "clients.partition_key to one of dir"),
-])
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"k_0": [0, 6]}, "k_0: expected row numbers from 0 to 5, found another at position 1"),
+        ({"k_0": [-1]}, "k_0: .* found another at position 0"),
+        ({"k_0": [1, 1]}, "found one in k_0 and again in k_0"),
+        ({"k_0": [1], "k_1": [1]}, "found one in k_0 and again in k_1"),
+        ({"k_0": [1], "public": [1]}, "found one in k_0 and again in public"),
+        ({"k_0": [0.5]}, "k_0: expected a list of whole numbers"),
+        ({"dir_0": [1]}, "clients.partition_key to one of dir"),
+    ],
+)
 def test_bad_partition_files_are_refused(
     tmp_path: Path, arrays: dict[str, list[int]], said: str
 ) -> None:

@@ -129,26 +129,33 @@ def test_sources_of_their_own_for_test_and_proxy_rows(tmp_path: Path) -> None:
     assert set(found.dataset.public.labels.tolist()) == {-1}
 
 
-@pytest.mark.parametrize(("data", "proxy", "clients", "said"), [
-    ({}, {"rows": 48}, {}, "proxy.rows: expected fewer than 48"),
-    ({"test_rows": 61}, {}, {}, "data.test_rows: expected at most 60"),
-    ({"test_rows": 60}, {}, {}, "proxy.rows: expected fewer than 0"),
-    ({"test_rows": 1.5}, {}, {}, "share below 1"),
-    ({"test": "csv:h.csv"}, {}, {}, "data.test: expected another source"),
-    ({}, {"path": "csv:h.csv"}, {}, "proxy.path: expected another source"),
-    ({}, {}, {"column": "wrd"}, 'did you mean "ward"'),
-    ({}, {}, {"partition": "irid"}, 'did you mean "iid"'),
-    ({}, {}, {"partition": "iid", "count": 50}, "lower clients.count"),
-    ({"positive_above": 5.0, "label": "y"}, {}, {"labelled": 1.5}, "clients.labelled"),
-    ({"source": "csv:one.csv"}, {}, {}, "at least two classes"),
-])
+@pytest.mark.parametrize(
+    ("data", "proxy", "clients", "said"),
+    [
+        ({}, {"rows": 48}, {}, "proxy.rows: expected fewer than 48"),
+        ({"test_rows": 61}, {}, {}, "data.test_rows: expected at most 60"),
+        ({"test_rows": 60}, {}, {}, "proxy.rows: expected fewer than 0"),
+        ({"test_rows": 1.5}, {}, {}, "share below 1"),
+        ({"test": "csv:h.csv"}, {}, {}, "data.test: expected another source"),
+        ({}, {"path": "csv:h.csv"}, {}, "proxy.path: expected another source"),
+        ({}, {}, {"column": "wrd"}, 'did you mean "ward"'),
+        ({}, {}, {"partition": "irid"}, 'did you mean "iid"'),
+        ({}, {}, {"partition": "iid", "count": 50}, "lower clients.count"),
+        ({"positive_above": 5.0, "label": "y"}, {}, {"labelled": 1.5}, "clients.labelled"),
+        ({"source": "csv:one.csv"}, {}, {}, "at least two classes"),
+    ],
+)
 def test_bad_combinations_say_what_to_change(
     tmp_path: Path, data: dict[str, Any], proxy: dict[str, Any], clients: dict[str, Any], said: str
 ) -> None:
     (tmp_path / "one.csv").write_text("x,ward,label\n1,a,0\n2,b,0\n", encoding="utf-8")
     with pytest.raises(DataError, match=said):
-        prepare(replace(hospital_file(tmp_path), **data), ProxySettings(**{"rows": 5} | proxy),
-                replace(BY_WARD, **clients), 7)
+        prepare(
+            replace(hospital_file(tmp_path), **data),
+            ProxySettings(**{"rows": 5} | proxy),
+            replace(BY_WARD, **clients),
+            7,
+        )
 
 
 def test_a_column_of_a_source_without_columns_is_refused() -> None:
@@ -160,8 +167,9 @@ def test_a_file_partition_by_hand(tmp_path: Path) -> None:
     data = hospital_file(tmp_path, rows=20)
     place = tmp_path / "rows.npz"
     np.savez(place, public=[0, 1, 2], k_0=[9, 3], k_1=[4])
-    clients = ClientsSettings(count=2, partition="file", partition_path=str(place),
-                              partition_key="k")
+    clients = ClientsSettings(
+        count=2, partition="file", partition_path=str(place), partition_key="k"
+    )
     found = prepare(data, ProxySettings(), clients, 7)
     assert [ids(part) for part in found.parts.values()] == [[9, 3], [4]]
     assert ids(found.dataset.public) == [0, 1, 2]
@@ -180,8 +188,9 @@ def test_fashion10(real: Callable[[str], Path]) -> None:
     real("fashion_mnist")
     place = real(f"../{BENCH}")
     data = DataSettings(source="idx:fashion_mnist/train", test="idx:fashion_mnist/t10k")
-    clients = ClientsSettings(count=10, partition="file", partition_path=str(place),
-                              partition_key="iid")
+    clients = ClientsSettings(
+        count=10, partition="file", partition_path=str(place), partition_key="iid"
+    )
     found = prepare(data, ProxySettings(), clients, 7)
     assert [len(part) for part in found.parts.values()] == [2000] * 10
     assert len(found.dataset.public) == 5000
@@ -194,12 +203,20 @@ def test_fashion10(real: Callable[[str], Path]) -> None:
 
 def test_the_four_hospitals(real: Callable[[str], Path]) -> None:
     real("heart_disease_uci")
-    data = DataSettings(source="csv:heart_disease_uci/processed.*.data", header=False,
-                        label="-1", positive_above=0, indicators=0.0)
+    data = DataSettings(
+        source="csv:heart_disease_uci/processed.*.data",
+        header=False,
+        label="-1",
+        positive_above=0,
+        indicators=0.0,
+    )
     clients = ClientsSettings(partition="by-column", column="file", labelled=20)
     found = prepare(data, ProxySettings(rows=200), clients, 7)
     assert {name: len(rows) for name, rows in found.tests.items()} == {
-        "cleveland": 61, "hungarian": 59, "switzerland": 25, "va": 40,
+        "cleveland": 61,
+        "hungarian": 59,
+        "switzerland": 25,
+        "va": 40,
     }
     for part in found.parts.values():
         assert len(part) == 20

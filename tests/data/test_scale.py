@@ -61,8 +61,9 @@ def test_a_small_column_beside_a_large_one_is_scaled() -> None:
     np.testing.assert_allclose(got, [[-1, -1], [1, 1]], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "kind", "scale"), [(0, "table", "auto"), (2, "film", "auto"),
-                                                     (2, "table", "big")])
+@pytest.mark.parametrize(
+    ("rows", "kind", "scale"), [(0, "table", "auto"), (2, "film", "auto"), (2, "table", "big")]
+)
 def test_impossible_wishes_are_refused(rows: int, kind: str, scale: str) -> None:
     with pytest.raises(DataError, match="expected public rows"):
         Scaler.fit(np.zeros((rows, 1), np.float32), kind, scale)

@@ -19,19 +19,29 @@ from fedistill.errors import DataError
 
 def test_every_source_has_a_summary() -> None:
     assert tuple(SOURCES) == (
-        "digits", "breast-cancer", "idx", "csv", "npz", "parquet", "hf", "openml",
+        "digits",
+        "breast-cancer",
+        "idx",
+        "csv",
+        "npz",
+        "parquet",
+        "hf",
+        "openml",
     )
     for name in SOURCES:
         assert 20 < len(catalog.summary("sources", name)) < 100
 
 
-@pytest.mark.parametrize(("source", "said"), [
-    ("dgits", 'did you mean "digits"'),
-    ("", "known: breast-cancer"),
-    ("csv", 'expected "csv:" and a name'),
-    ("csv:", 'expected "csv:" and a name'),
-    ("digits:3", 'expected "digits" alone'),
-])
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("dgits", 'did you mean "digits"'),
+        ("", "known: breast-cancer"),
+        ("csv", 'expected "csv:" and a name'),
+        ("csv:", 'expected "csv:" and a name'),
+        ("digits:3", 'expected "digits" alone'),
+    ],
+)
 def test_unknown_sources(source: str, said: str) -> None:
     with pytest.raises(DataError, match=said):
         read(source, DataSettings())
@@ -55,11 +65,14 @@ def test_breast_cancer() -> None:
     assert data.classes == ("malignant", "benign")
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("fashion_mnist/train", "github.com/zalandoresearch/fashion-mnist"),
-    ("heart_disease_uci/*.data", "archive.ics.uci.edu/dataset/45"),
-    ("mine.csv", "put the file there"),
-])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fashion_mnist/train", "github.com/zalandoresearch/fashion-mnist"),
+        ("heart_disease_uci/*.data", "archive.ics.uci.edu/dataset/45"),
+        ("mine.csv", "put the file there"),
+    ],
+)
 def test_an_absent_file_says_where_to_get_it(
     name: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,13 +96,16 @@ def test_the_setting_wins_over_the_environment(
     assert find_file("", "a.csv") == Path("a.csv")
 
 
-@pytest.mark.parametrize(("names", "short"), [
-    (["processed.va.data", "processed.cleveland.data"], ["va", "cleveland"]),
-    (["ulm/rows.csv.gz", "bern/rows.csv"], ["ulm", "bern"]),
-    (["site-1.csv", "site-10.csv"], ["1", "10"]),
-    (["only.csv"], ["only"]),
-    (["a.csv", "a.b.csv"], ["a.csv", "a.b.csv"]),
-])
+@pytest.mark.parametrize(
+    ("names", "short"),
+    [
+        (["processed.va.data", "processed.cleveland.data"], ["va", "cleveland"]),
+        (["ulm/rows.csv.gz", "bern/rows.csv"], ["ulm", "bern"]),
+        (["site-1.csv", "site-10.csv"], ["1", "10"]),
+        (["only.csv"], ["only"]),
+        (["a.csv", "a.b.csv"], ["a.csv", "a.b.csv"]),
+    ],
+)
 def test_short_names(names: list[str], short: list[str]) -> None:
     assert short_names([Path(name) for name in names]) == short
 

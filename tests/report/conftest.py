@@ -85,16 +85,26 @@ def round_row(
 def site(k: int, student: float, *, binary: bool, left_out: bool) -> dict[str, Any]:
     """What summary.json says of one site."""
     first, end = 0.58 + 0.03 * (k % 4), student - 0.03 * (k % 4)
-    columns = {"first round": first, "client": end, "student": student - 0.01 * (k % 3),
-               "local": end - 0.03 + 0.02 * (k % 3), "centralised": student + 0.015}
+    columns = {
+        "first round": first,
+        "client": end,
+        "student": student - 0.01 * (k % 3),
+        "local": end - 0.03 + 0.02 * (k % 3),
+        "centralised": student + 0.015,
+    }
     if left_out:
         columns |= {"left-out student": end - 0.025, "best single other": end - 0.06}
     return {
-        "rows": 140 + 37 * k, "model": "gradient-boosting" if k < 3 else "mlp 64",
+        "rows": 140 + 37 * k,
+        "model": "gradient-boosting" if k < 3 else "mlp 64",
         "classes_seen": 2 if binary else 4 + k % 6,
-        "figures": {name: {"accuracy": round(value, 4),
-                           "auc": round(min(0.99, value + 0.04), 4) if binary else None}
-                    for name, value in columns.items()},
+        "figures": {
+            name: {
+                "accuracy": round(value, 4),
+                "auc": round(min(0.99, value + 0.04), 4) if binary else None,
+            }
+            for name, value in columns.items()
+        },
     }
 
 
@@ -102,31 +112,63 @@ def summary_of(rows: list[dict[str, Any]], names: list[str], **more: Any) -> dic
     """A summary.json to go with the rounds."""
     last = rows[-1] if rows else {}
     fedavg = more.pop("fedavg", 85_544)
-    return last | {
-        "name": "heart-four-hospitals", "method": "fedistill",
-        "method_summary": "Distribution-weighted soft targets, one byte per class.",
-        "rounds": len(rows), "clients": len(names), "classes": ["healthy", "ill"],
-        "proxy_rows": 400, "proxy_per_round": 200, "codec": "u8", "rule": "distribution-weighted",
-        "bytes_up_per_client_round": 412.0, "bytes_down_per_client_round": 1610.0,
-        "fedavg_bytes_per_client_round": fedavg, "bytes_saving": 2 * fedavg / (412 + 1610),
-        "privacy": {"mechanism": "none", "statement": "no differential privacy"},
-        "backend": "serial", "seed": 7, "proxy_sha256": "3f" * 32,
-        "soft_targets_sha256": "a9" * 32,
-        "versions": {"fedistill": "0.1.0", "numpy": "2.4.1", "python": "3.11.9", "torch": "2.13.0"},
-        "status": "done", "notes": ["Two of the sites hold one class only."],
-    } | more
+    return (
+        last
+        | {
+            "name": "heart-four-hospitals",
+            "method": "fedistill",
+            "method_summary": "Distribution-weighted soft targets, one byte per class.",
+            "rounds": len(rows),
+            "clients": len(names),
+            "classes": ["healthy", "ill"],
+            "proxy_rows": 400,
+            "proxy_per_round": 200,
+            "codec": "u8",
+            "rule": "distribution-weighted",
+            "bytes_up_per_client_round": 412.0,
+            "bytes_down_per_client_round": 1610.0,
+            "fedavg_bytes_per_client_round": fedavg,
+            "bytes_saving": 2 * fedavg / (412 + 1610),
+            "privacy": {"mechanism": "none", "statement": "no differential privacy"},
+            "backend": "serial",
+            "seed": 7,
+            "proxy_sha256": "3f" * 32,
+            "soft_targets_sha256": "a9" * 32,
+            "versions": {
+                "fedistill": "0.1.0",
+                "numpy": "2.4.1",
+                "python": "3.11.9",
+                "torch": "2.13.0",
+            },
+            "status": "done",
+            "notes": ["Two of the sites hold one class only."],
+        }
+        | more
+    )
 
 
 def write_run(
-    folder: Path, /, *, rounds: int = 12, names: Iterable[str] | None = None, student: float = 0.9,
-    binary: bool = True, left_out: bool = False, baselines: Iterable[str] = ("local", "fedavg"),
-    seeds: int = 0, partition: str = "by-column", method: str = "fedistill", **summary: Any,
+    folder: Path,
+    /,
+    *,
+    rounds: int = 12,
+    names: Iterable[str] | None = None,
+    student: float = 0.9,
+    binary: bool = True,
+    left_out: bool = False,
+    baselines: Iterable[str] = ("local", "fedavg"),
+    seeds: int = 0,
+    partition: str = "by-column",
+    method: str = "fedistill",
+    **summary: Any,
 ) -> Path:
     """Write a whole run folder; further names replace keys of summary.json."""
     ids = list(names if names is not None else (f"site-{k}" for k in range(8)))
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [round_row(n, rounds, ids, student, sd=seeds > 0, binary=binary)
-            for n in range(1, rounds + 1)]
+    rows = [
+        round_row(n, rounds, ids, student, sd=seeds > 0, binary=binary)
+        for n in range(1, rounds + 1)
+    ]
     sites = {name: site(k, student, binary=binary, left_out=left_out) for k, name in enumerate(ids)}
     told = summary_of(rows, ids, **{"method": method, "sites": sites} | summary)
     if seeds:
@@ -136,15 +178,29 @@ def write_run(
                 figures["accuracy_sd"] = 0.021
     (folder / "rounds.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "summary.json").write_text(json.dumps(told))
-    (folder / "config.toml").write_text(CONFIG.format(
-        rounds=rounds, clients=len(ids), partition=partition, method=method))
+    (folder / "config.toml").write_text(
+        CONFIG.format(rounds=rounds, clients=len(ids), partition=partition, method=method)
+    )
     for k, name in enumerate(baselines):
-        write_run(folder / "baselines" / name, rounds=1 if name == "centralised" else rounds,
-                  names=ids, student=student - 0.04 + 0.03 * k, binary=binary, baselines=(),
-                  method=name)
+        write_run(
+            folder / "baselines" / name,
+            rounds=1 if name == "centralised" else rounds,
+            names=ids,
+            student=student - 0.04 + 0.03 * k,
+            binary=binary,
+            baselines=(),
+            method=name,
+        )
     for seed in range(seeds):
-        write_run(folder / f"seed-{seed}", rounds=rounds, names=ids, student=student,
-                  binary=binary, baselines=(), seed=seed)
+        write_run(
+            folder / f"seed-{seed}",
+            rounds=rounds,
+            names=ids,
+            student=student,
+            binary=binary,
+            baselines=(),
+            seed=seed,
+        )
     return folder
 
 

@@ -21,8 +21,10 @@ def entries(comparison, name):
 
 
 def test_runs_of_different_length(make_run, tmp_path):
-    paths = [make_run("a", rounds=4, name="short"), make_run("b", rounds=30, name="long",
-                                                             student=0.95, method="fedmd")]
+    paths = [
+        make_run("a", rounds=4, name="short"),
+        make_run("b", rounds=30, name="long", student=0.95, method="fedmd"),
+    ]
     comparison = compare(paths)
     assert entries(comparison, "rounds") == [("4", False), ("30", False)]
     assert [best for _, best in entries(comparison, "student")] == [False, True]
@@ -46,7 +48,10 @@ def test_equal_values_are_not_marked(make_run):
 def test_having_sent_nothing_is_not_the_fewest_bytes(make_run):
     paths = [make_run(f"r{k}", bytes_up_per_client_round=k * 100) for k in range(3)]
     assert entries(compare(paths), "up, client-round") == [
-        ("0 B", False), ("100 B", True), ("200 B", False)]
+        ("0 B", False),
+        ("100 B", True),
+        ("200 B", False),
+    ]
 
 
 def test_the_same_folder_twice_has_two_labels(make_run):
@@ -58,15 +63,23 @@ def test_the_same_folder_twice_has_two_labels(make_run):
 def test_unfair_comparisons_are_cautioned(make_run):
     a = make_run("a", partition="iid")
     b = make_run("b", partition="dirichlet", proxy_sha256="00", seed=8)
-    assert compare([a, b]).cautions[0].startswith(
-        "The runs differ in more than the method: how rows were dealt to sites, proxy rows, seed.")
+    assert (
+        compare([a, b])
+        .cautions[0]
+        .startswith(
+            "The runs differ in more than the method: how rows were dealt to sites, proxy rows, "
+            "seed."
+        )
+    )
     assert not compare([a, a]).cautions
     assert entries(compare([a, b]), "split") == [("iid", False), ("dirichlet α=0.3", False)]
 
 
 def test_many_runs_stand_as_rows_and_share_what_is_the_same(make_run):
-    paths = [make_run(f"r{k}", name=f"run-{k}", student=0.8 + 0.02 * k, rounds=3, baselines=())
-             for k in range(6)]
+    paths = [
+        make_run(f"r{k}", name=f"run-{k}", student=0.8 + 0.02 * k, rounds=3, baselines=())
+        for k in range(6)
+    ]
     comparison = compare(paths)
     assert comparison.wide
     assert "up, client-round 412 B" in comparison.shared

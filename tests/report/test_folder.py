@@ -13,18 +13,24 @@ def test_a_whole_run_with_baselines_and_repeats(make_run):
     run = read_run(make_run(rounds=5, seeds=2))
     assert [row["round"] for row in run.rounds] == [1, 2, 3, 4, 5]
     assert (run.name, run.method, run.setting("clients", "alpha")) == (
-        "heart-four-hospitals", "fedistill", 0.3)
+        "heart-four-hospitals",
+        "fedistill",
+        0.3,
+    )
     assert list(run.baselines) == ["fedavg", "local"]
     assert len(run.repeats) == 2
     assert run.curve("student_accuracy")[0].sd == 0.018
     assert not run.remarks
 
 
-@pytest.mark.parametrize("build", [
-    lambda folder: folder / "nowhere",
-    lambda folder: folder,
-    lambda folder: folder / "file",
-])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda folder: folder / "nowhere",
+        lambda folder: folder,
+        lambda folder: folder / "file",
+    ],
+)
 def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, build):
     (tmp_path / "file").write_text("")
     with pytest.raises(FedistillError, match=r"expected .* found .* name the folder") as caught:
@@ -32,13 +38,19 @@ def test_what_is_no_run_is_refused_in_one_sentence(tmp_path, build):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("line", "expected"), [
-    ("[1]", "line 1: expected a JSON object, found list"),
-    ('{"round": "one"}', "line 1: expected a whole number 'round', found one"),
-    ('{"round": 1, "student_accuracy": "good"}', "a number or null as 'student_accuracy', found"),
-    ('{"round": 1, "seconds": true}', "expected a number or null as 'seconds', found True"),
-    ("{{{", "line 1: expected a JSON object, found {{{"),
-])
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("[1]", "line 1: expected a JSON object, found list"),
+        ('{"round": "one"}', "line 1: expected a whole number 'round', found one"),
+        (
+            '{"round": 1, "student_accuracy": "good"}',
+            "a number or null as 'student_accuracy', found",
+        ),
+        ('{"round": 1, "seconds": true}', "expected a number or null as 'seconds', found True"),
+        ("{{{", "line 1: expected a JSON object, found {{{"),
+    ],
+)
 def test_a_broken_round_is_named_with_its_line(make_run, line, expected):
     folder = make_run(rounds=2, baselines=())
     path = folder / "rounds.jsonl"

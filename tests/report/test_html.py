@@ -40,7 +40,7 @@ def report(folder):
 
 def plain(text):
     """What a reader sees of a page."""
-    body = text[text.index("<main>"):]
+    body = text[text.index("<main>") :]
     return " ".join(re.sub(r"<[^>]+>", " ", body).split())
 
 
@@ -60,14 +60,32 @@ def test_the_headline_and_the_tiles(make_run):
 
 def test_every_part_is_there(make_run):
     text = report(make_run(left_out=True, baselines=("local", "fedavg", "centralised")))
-    for title in ("Accuracy by round", "Area under the curve", "Each site", "Do the sites",
-                  "Bytes sent", "Who took part", "Privacy", "Notes", "To get this run", "Settings",
-                  "Words"):
+    for title in (
+        "Accuracy by round",
+        "Area under the curve",
+        "Each site",
+        "Do the sites",
+        "Bytes sent",
+        "Who took part",
+        "Privacy",
+        "Notes",
+        "To get this run",
+        "Settings",
+        "Words",
+    ):
         assert f"<h2>{title}" in text
     seen = plain(text)
-    for words in ("left-out student", "best single other", "centralised", "dropped: late",
-                  "flagged: single-class", "3f3f", "2.13.0", "gradient-boosting",
-                  "preset fedistill"):
+    for words in (
+        "left-out student",
+        "best single other",
+        "centralised",
+        "dropped: late",
+        "flagged: single-class",
+        "3f3f",
+        "2.13.0",
+        "gradient-boosting",
+        "preset fedistill",
+    ):
         assert words in seen
 
 
@@ -91,8 +109,14 @@ def test_nothing_is_loaded_and_nothing_runs(make_run):
 def test_what_clients_wrote_is_escaped_and_capped(make_run):
     bad = "<script>alert(1)</script>"
     long = "x" * 5000
-    folder = make_run(names=[bad, '"><img src=x onerror=y>', long, "a\x1b[2J\u202eb"], name=bad,
-                      status=f"failed:{bad}", notes=[bad], versions={bad: bad}, classes=[bad])
+    folder = make_run(
+        names=[bad, '"><img src=x onerror=y>', long, "a\x1b[2J\u202eb"],
+        name=bad,
+        status=f"failed:{bad}",
+        notes=[bad],
+        versions={bad: bad},
+        classes=[bad],
+    )
     (folder / "baselines" / "local").rename(folder / "baselines" / "<b>&")
     text = report(folder)
     assert "<script" not in text
@@ -116,10 +140,13 @@ def test_losing_one_way_is_a_warning_too(make_run):
     assert "On the way down this run sent 1.34× more bytes than FedAvg." in seen
 
 
-@pytest.mark.parametrize(("status", "words"), [
-    ("interrupted", "The run did not finish."),
-    ("failed:quorum", "The run failed: too few usable uploads."),
-])
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("interrupted", "The run did not finish."),
+        ("failed:quorum", "The run failed: too few usable uploads."),
+    ],
+)
 def test_an_unfinished_run_says_so(make_run, status, words):
     assert words in plain(report(make_run(status=status)))
 
@@ -164,11 +191,22 @@ def test_without_baselines_the_first_round_is_the_reference(make_run):
 
 def test_binding_keys_alone_are_enough(make_run):
     folder = make_run(rounds=4, baselines=())
-    keep = ("round", "student_accuracy", "client_accuracy_mean", "client_accuracy_min", "bytes_up",
-            "bytes_down", "clients_ok", "clients_failed", "epsilon_max", "seconds")
+    keep = (
+        "round",
+        "student_accuracy",
+        "client_accuracy_mean",
+        "client_accuracy_min",
+        "bytes_up",
+        "bytes_down",
+        "clients_ok",
+        "clients_failed",
+        "epsilon_max",
+        "seconds",
+    )
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     (folder / "rounds.jsonl").write_text(
-        "".join(json.dumps({k: row[k] for k in keep}) + "\n" for row in rows))
+        "".join(json.dumps({k: row[k] for k in keep}) + "\n" for row in rows)
+    )
     (folder / "summary.json").unlink()
     (folder / "config.toml").unlink()
     seen = plain(report(folder))
@@ -187,9 +225,22 @@ def test_junk_in_the_extras_is_left_out(make_run, junk):
     folder = make_run(rounds=3)
     change_summary(folder, sites=junk, versions=junk, notes=junk, classes=junk, privacy=junk)
     rows = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    (folder / "rounds.jsonl").write_text("".join(json.dumps(row | {
-        "client_accuracy": junk, "agreement": junk, "dropped": junk, "flags": junk,
-        "student_auc": junk}) + "\n" for row in rows))
+    (folder / "rounds.jsonl").write_text(
+        "".join(
+            json.dumps(
+                row
+                | {
+                    "client_accuracy": junk,
+                    "agreement": junk,
+                    "dropped": junk,
+                    "flags": junk,
+                    "student_auc": junk,
+                }
+            )
+            + "\n"
+            for row in rows
+        )
+    )
     report(folder)
 
 

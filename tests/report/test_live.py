@@ -18,8 +18,13 @@ def rows(make_run):
 
 
 def console(terminal, width=100):
-    return Console(file=io.StringIO(), force_terminal=terminal, width=width, legacy_windows=False,
-                   _environ={"TERM": "xterm-256color"} if terminal else {})
+    return Console(
+        file=io.StringIO(),
+        force_terminal=terminal,
+        width=width,
+        legacy_windows=False,
+        _environ={"TERM": "xterm-256color"} if terminal else {},
+    )
 
 
 def test_plain_lines_off_a_terminal(rows):
@@ -33,8 +38,18 @@ def test_plain_lines_off_a_terminal(rows):
     assert "\x1b" not in text
     assert "\r" not in text
     assert len(lines) == 2 + 4 + 1
-    assert lines[1].split() == ["round", "student", "clients", "least", "agree", "up", "down", "ok",
-                                "time", "left"]
+    assert lines[1].split() == [
+        "round",
+        "student",
+        "clients",
+        "least",
+        "agree",
+        "up",
+        "down",
+        "ok",
+        "time",
+        "left",
+    ]
     assert lines[4].split()[0] == "3/4"
     assert "2/3" in lines[4]
     assert lines[-1].startswith("4 rounds in")

@@ -11,8 +11,14 @@ from fedistill.report.folder import Point
 
 
 def chart(series, **more):
-    settings = {"ident": "c", "title": "T", "x_label": "round", "y_label": "y",
-                "x_format": "{:g}".format, "y_format": words.percent} | more
+    settings = {
+        "ident": "c",
+        "title": "T",
+        "x_label": "round",
+        "y_label": "y",
+        "x_format": "{:g}".format,
+        "y_format": words.percent,
+    } | more
     return svg.line_chart(series, **settings)
 
 
@@ -34,8 +40,9 @@ def test_no_points_no_chart():
     assert bars.step_chart([], ident="s", title="T", x_label="", y_label="") == ""
 
 
-@pytest.mark.parametrize("values", [
-    (0.5,), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0, 1), (0.3, 0.301)])
+@pytest.mark.parametrize(
+    "values", [(0.5,), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0, 1), (0.3, 0.301)]
+)
 @pytest.mark.parametrize("log_x", [False, True])
 def test_every_point_lies_in_the_frame(values, log_x):
     drawn = chart([svg.Series("a", course(*values, sd=0.1))], log_x=log_x, least=0, most=1)
@@ -62,7 +69,14 @@ def test_labels_are_moved_apart_and_keep_their_order():
 
 def test_ticks_drop_decimals_that_are_all_zero():
     assert svg.ticks(scale.linear([0.4, 1.0]), words.percent) == [
-        "40%", "50%", "60%", "70%", "80%", "90%", "100%"]
+        "40%",
+        "50%",
+        "60%",
+        "70%",
+        "80%",
+        "90%",
+        "100%",
+    ]
     assert svg.ticks(scale.linear([0.90, 0.91]), words.percent)[0] == "90.0%"
 
 
@@ -74,13 +88,19 @@ def test_the_first_and_last_round_are_on_the_axis():
 
 def test_far_apart_bars_are_logarithmic_and_say_so():
     def bar(low):
-        return bars.bar_chart([bars.Bar("a", low), bars.Bar("b", 1e6)], ident="b", title="T",
-                              value_format=words.human_bytes)
+        return bars.bar_chart(
+            [bars.Bar("a", low), bars.Bar("b", 1e6)],
+            ident="b",
+            title="T",
+            value_format=words.human_bytes,
+        )
+
     assert "logarithmic" in bar(10)
     assert "logarithmic" not in bar(1e5)
 
 
 def test_all_bars_have_a_length():
-    drawn = bars.bar_chart([bars.Bar("a", 1), bars.Bar("b", 1e9)], ident="b", title="T",
-                           value_format=words.human_bytes)
+    drawn = bars.bar_chart(
+        [bars.Bar("a", 1), bars.Bar("b", 1e9)], ident="b", title="T", value_format=words.human_bytes
+    )
     assert all(float(width) >= 1 for width in re.findall(r'<rect[^>]* width="([\d.-]+)"', drawn))

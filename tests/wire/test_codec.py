@@ -86,8 +86,15 @@ def test_a_thousand_rows_of_ten_classes_with_familiarity_fit_in_11500_bytes() ->
     probs = np.exp(-random.uniform(0, 12, size=(1000, 10)))
     content = CODECS["u8"].encode(probs) + codec.encode_familiarity(random.uniform(-8, 8, 1000))
     message = Upload(
-        client="site-with-a-name", run="0" * 16, round=100, proxy="f" * 64, classes="e" * 64,
-        shape=(1000, 10), familiarity=True, seen=seen_mask([True] * 10), size=2048,
+        client="site-with-a-name",
+        run="0" * 16,
+        round=100,
+        proxy="f" * 64,
+        classes="e" * 64,
+        shape=(1000, 10),
+        familiarity=True,
+        seen=seen_mask([True] * 10),
+        size=2048,
         payload=codec.pack(content),
     ).to_bytes()
     assert len(content) == 11_000

@@ -29,23 +29,43 @@ from fedistill.wire.messages import (
 PROBS = builders.probabilities(6, 1)
 SPEC = RowSpec(3, 2, 6, 40)
 PLAN = Plan(
-    run="r" * 16, round=3, ask=RowSpec(3, 3, 6, 40), proxy="p" * 64, classes="c" * 64,
+    run="r" * 16,
+    round=3,
+    ask=RowSpec(3, 3, 6, 40),
+    proxy="p" * 64,
+    classes="c" * 64,
     targets=Targets(
-        spec=SPEC, codec="u8", classes=3, missing=(1, 4),
+        spec=SPEC,
+        codec="u8",
+        classes=3,
+        missing=(1, 4),
         payload=codec.pack(codec.CODECS["u8"].encode(PROBS[:4])),
     ),
     clients=("a", "b"),
 )
 UPLOAD = Upload(
-    client="site-1", run="r" * 16, round=3, proxy="p" * 64, classes="c" * 64, shape=(6, 3),
-    familiarity=True, seen="5", size=32, epsilon=0.5, ledger="ab",
+    client="site-1",
+    run="r" * 16,
+    round=3,
+    proxy="p" * 64,
+    classes="c" * 64,
+    shape=(6, 3),
+    familiarity=True,
+    seen="5",
+    size=32,
+    epsilon=0.5,
+    ledger="ab",
     payload=codec.pack(codec.CODECS["u8"].encode(PROBS) + codec.encode_familiarity(np.zeros(6))),
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -76,9 +96,12 @@ def test_plans_without_targets_and_with_weights_read_back_equal() -> None:
 
 
 @given(
-    client=st.text(max_size=256), round=st.integers(-(10**20), 10**20), size=st.integers(),
+    client=st.text(max_size=256),
+    round=st.integers(-(10**20), 10**20),
+    size=st.integers(),
     epsilon=st.none() | st.floats(allow_nan=False, allow_infinity=False),
-    shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)), payload=st.binary(max_size=99),
+    shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)),
+    payload=st.binary(max_size=99),
 )
 @settings(deadline=None)
 def test_any_upload_that_can_be_said_is_heard_alike(**fields: Any) -> None:
@@ -160,8 +183,19 @@ def test_a_header_longer_than_its_cap_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b"null", b"1", b'"x"', b"\xff\xfe", b"[" * 60_000, b'{"a":' * 10_000,
-     b"\x00{}", b"{\"a\": 1" + b"0" * 5000 + b"}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"1",
+        b'"x"',
+        b"\xff\xfe",
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        b"\x00{}",
+        b'{"a": 1' + b"0" * 5000 + b"}",
+    ],
     ids=range(11),
 )
 def test_a_header_that_is_no_table_is_refused(text: bytes) -> None:
@@ -236,8 +270,21 @@ def test_a_plan_with_arbitrary_fields_is_usable_or_refused(
 
 def test_the_whitelist_is_what_the_design_says() -> None:
     assert set(UPLOAD_FIELDS) == {
-        "kind", "client", "run", "round", "proxy", "classes", "share", "codec", "temperature",
-        "shape", "familiarity", "seen", "size", "epsilon", "ledger",
+        "kind",
+        "client",
+        "run",
+        "round",
+        "proxy",
+        "classes",
+        "share",
+        "codec",
+        "temperature",
+        "shape",
+        "familiarity",
+        "seen",
+        "size",
+        "epsilon",
+        "ledger",
     }
     header = unseal(UPLOAD.to_bytes(), LIMIT)[0]
     assert set(header) == set(UPLOAD_FIELDS)

@@ -1,0 +1,116 @@
+"""What a run leaves on disk so that it can be killed at any instant and go on.
+
+The server's checkpoint is the truth: it holds the history, of which ``rounds.jsonl`` is a view.
+Every site keeps its own state beside it, with the answer of its last round.
+"""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from fedistill import store
+from fedistill.client import Site
+from fedistill.errors import CheckpointError, RunError
+from fedistill.server import Server
+
+Row = dict[str, Any]
+
+
+class Journal:
+    """The checkpoint of one run folder, held by one process at a time.
+
+    Args:
+        folder: the run folder, or None to keep nothing.
+        identity: what must be the same for a run to be resumed.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.identity = dict(identity)
+        self._lock: IO[bytes] | None = None
+
+    def __enter__(self) -> Journal:
+        """Make the folder ready and keep other processes out of it."""
+        if self.folder is None:
+            return self
+        store.probe(self.folder / "checkpoint")
+        lock = (self.folder / "checkpoint" / "lock").open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise RunError(
+                f"{self.folder} is in use by another process: wait for it, or choose another "
+                "folder with --out"
+            ) from None
+        self._lock = lock
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Let others in; the lock falls with the process, too."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def exists(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        if self.folder is None:
+            return False
+        return self._server().exists() or store.previous(self._server()).exists()
+
+    def restore(self, server: Server, sites: Mapping[str, Site]) -> tuple[list[Row], list[str]]:
+        """Bring server and sites to where the checkpoint is; the history, and notes.
+
+        Raises:
+            CheckpointError: the run has other settings, or nothing whole is left.
+        """
+        arrays, facts, note = store.load_state(self._server())
+        changed = sorted(k for k, v in self.identity.items() if facts["identity"].get(k) != v)
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} holds a run with other settings ({', '.join(changed)}): "
+                "resume with the same settings, or choose another folder with --out"
+            )
+        server.load_state_dict(arrays, facts["server"])
+        history = list(facts["history"])
+        notes = [note] if note else []
+        for site in sites.values():
+            told = site.restore(server.run, server.round + 1)
+            notes += [told] if told else []
+        self._write_rounds(history)
+        return history, notes
+
+    def clear(self, sites: Mapping[str, Site]) -> None:
+        """Take away what an earlier run left, the server's state first: it is what resumes."""
+        if self.folder is None:
+            return
+        old = [self._server(), self.folder / "rounds.jsonl"]
+        old += [site.path for site in sites.values() if site.path is not None]
+        for path in old:
+            store.remove(path)
+
+    def save(self, server: Server, history: Sequence[Row]) -> None:
+        """A round is done."""
+        if self.folder is None:
+            return
+        arrays, facts = server.state_dict()
+        meta = {"identity": self.identity, "server": facts, "history": list(history)}
+        store.save_state(self._server(), arrays, meta)
+        self._write_rounds(history)
+
+    def _server(self) -> Path:
+        assert self.folder is not None
+        return self.folder / "checkpoint" / "server"
+
+    def _write_rounds(self, history: Sequence[Row]) -> None:
+        assert self.folder is not None
+        store.save_lines(self.folder / "rounds.jsonl", list(history))

@@ -1,0 +1,41 @@
+"""What came back in one round: who was let in, who was not and why, and what it weighed."""
+
+from __future__ import annotations
+
+from fedistill.backends import Reply
+from fedistill.errors import Rejected
+from fedistill.server import Answer, Server
+from fedistill.wire.messages import Failure, Plan
+
+
+class Tally:
+    """What came back in one round, and what it weighed."""
+
+    def __init__(self, plan: Plan, *, travels: bool) -> None:
+        self.plan = plan
+        self.travels = travels
+        self.answers: list[Answer] = []
+        self.dropped: dict[str, str] = {}
+        self.seen: set[str] = set()
+        self.heard = 0
+        self.bytes_up = 0
+        self.bytes_down = len(plan.to_bytes()) * len(plan.clients) if travels else 0
+
+    def take(self, reply: Reply | Failure, server: Server) -> None:
+        """Count a reply, and let it in or note why not."""
+        self.heard += 1
+        # Who was not enrolled may call itself anything: its name is not for the log as it is.
+        name = reply.client if reply.client in server.enrolled else _code(reply.client)
+        if isinstance(reply, Failure):
+            self.dropped[name] = _code(reply.reason)
+            return
+        self.bytes_up += len(reply.data) if self.travels else 0
+        try:
+            self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
+        except Rejected as refusal:
+            self.dropped.setdefault(name, refusal.reason)
+
+
+def _code(reason: str) -> str:
+    """A reason that came from outside, made safe for logs: short, one line, plain."""
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_:-") else "_" for c in reason)[:40]
