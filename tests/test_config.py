@@ -324,6 +324,9 @@ def sections(draw):
         made[name] = kind(
             **{item.name: draw(values(item, hints[item.name])) for item in dataclasses.fields(kind)}
         )
+    # A source must be of a known kind; what follows the colon is free.
+    names = {key: "csv:" + getattr(made["data"], key) for key in ("source", "test")}
+    made["data"] = dataclasses.replace(made["data"], **names)
     return made
 
 

@@ -1041,8 +1041,10 @@ def test_a_client_without_rows_learns_and_does_not_teach(fault: object, preset: 
 def test_a_client_without_rows_does_not_count_for_the_quorum(fault: object) -> None:
     people = participants(4)
     people[0], people[1] = replace(people[0], data=empty()), replace(people[1], data=empty())
+    assert federation(people).server.quorum == 2
+    assert len(list(federation(people).run(1, held_out()))) == 1
     with pytest.raises(QuorumError, match="2 usable uploads, the quorum is 3"):
-        list(federation(people).run(1, held_out()))
+        list(federation(people, quorum=3).run(1, held_out()))
 
 
 @fault(45)
@@ -1056,7 +1058,7 @@ def test_a_client_with_one_class_takes_part_and_it_is_said(fault: object) -> Non
     plan = fed.server.plan(3)
     message = fed.sites["site-1"].answer(plan.to_bytes())
     answer = fed.server.check(message, plan, "site-1", set())
-    assert answer.upload.seen_classes(3).tolist() == [False, False, True]
+    assert answer.upload.seen == "0", "which classes it has stays with it where no rule asks"
 
 
 class Normed(torch.nn.Module):
@@ -1340,10 +1342,6 @@ def test_the_fedavg_baseline_weighs_by_enrolled_rows_whatever_is_claimed_later(
         np.testing.assert_array_equal(swayed, honest)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="typer 0.20 turns Ctrl-C into its own Exit(130), so cli.main never says its sentence",
-)
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # typer on click 8.4
 @pytest.mark.parametrize("number", [60])
 def test_an_interrupted_command_says_how_to_go_on(

@@ -16,9 +16,14 @@ def test_standard_by_hand() -> None:
     scaler = Scaler.fit(public, "table", "auto")
     assert scaler.fill.tolist() == [2.0, 5.0, 0.0]
     spread = np.sqrt(2 / 3)
-    got = scaler.apply(np.array([[4.0, 6.0, 7.0], [NAN, NAN, NAN]], np.float32))
-    np.testing.assert_allclose(got, [[2 / spread, 1.0, 7.0], [0.0, 0.0, 0.0]], rtol=1e-6)
+    got = scaler.apply(np.array([[4.0, 6.0, 3.0], [NAN, NAN, NAN]], np.float32))
+    np.testing.assert_allclose(got, [[2 / spread, 1.0, 3.0], [0.0, 0.0, 0.0]], rtol=1e-6)
     assert got.dtype == np.float32
+
+
+def test_a_wild_private_value_is_limited_to_four_deviations() -> None:
+    scaler = Scaler.fit(np.array([[1.0], [3.0]], np.float32), "table", "standard")
+    assert scaler.apply(np.array([[1e6], [-1e6]], np.float32)).tolist() == [[4.0], [-4.0]]
 
 
 def test_private_rows_cannot_move_the_statistics() -> None:

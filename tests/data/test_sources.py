@@ -61,7 +61,9 @@ def test_digits() -> None:
 def test_breast_cancer() -> None:
     data = breast_cancer()
     assert [len(part) for part in (data.train, data.test, data.public)] == [355, 114, 100]
-    np.testing.assert_allclose(data.public.inputs.mean(axis=0), 0, atol=1e-5)
+    # Not exactly 0: values beyond four deviations are limited.
+    np.testing.assert_allclose(data.public.inputs.mean(axis=0), 0, atol=0.05)
+    assert np.abs(data.public.inputs).max() <= 4
     assert data.classes == ("malignant", "benign")
 
 

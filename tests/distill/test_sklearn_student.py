@@ -9,7 +9,7 @@ from builders import INPUTS, gaussian, probabilities
 from fedistill import models
 from fedistill.aggregate.rules import softmax
 from fedistill.distill.recipe import Recipe
-from fedistill.distill.sklearn_student import SklearnStudent
+from fedistill.distill.sklearn_student import PROXY_SHARE, SklearnStudent
 from fedistill.testing import check_learner
 
 KINDS = [models.logistic_regression, models.gradient_boosting, models.random_forest]
@@ -53,7 +53,7 @@ def test_weighted_rows_are_the_cross_entropy_to_the_soft_targets():
     found = -(spy.weights * logs[np.arange(len(spy.labels)), spy.labels]).sum()
     own = -np.log(softmax(ROWS.inputs @ coefficients))[np.arange(40), ROWS.labels].sum()
     soft = -(TARGETS * np.log(softmax(PUBLIC.inputs @ coefficients))).sum()
-    assert found == pytest.approx(own + soft * 40 / 30, rel=2e-3)
+    assert found == pytest.approx(own + PROXY_SHARE * soft * 40 / 30, rel=2e-3)
 
 
 @pytest.mark.parametrize("soft_weight", [0.5, 2.0])
@@ -63,7 +63,7 @@ def test_public_rows_weigh_soft_weight_times_the_own_rows(soft_weight):
     learner.fit(ROWS, seed=2)
     spy = learner._model
     assert (spy.weights[:40] == 1).all()
-    assert spy.weights[40:].sum() == pytest.approx(soft_weight * 40, rel=5e-3)
+    assert spy.weights[40:].sum() == pytest.approx(PROXY_SHARE * soft_weight * 40, rel=5e-3)
 
 
 def test_older_targets_weigh_less():
