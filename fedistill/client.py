@@ -20,6 +20,7 @@ from fedistill.aggregate.rules import softmax, wants
 from fedistill.data.overlap import overlap
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import CheckpointError, DataError, Rejected, RunError
 from fedistill.presets import Method
 from fedistill.seeding import derive
@@ -267,7 +268,7 @@ class Site:
             arrays, meta, _ = store.load_state(store.previous(self.path))
             note = "state is ahead of the server's, the generation before it was used"
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
-        if not hasattr(self.learner, "build"):
+        if isinstance(self.learner, TorchStudent):
             store.same_names(learner, self.learner.state_dict(), self.client.id)
         try:
             self.learner.load_state_dict(learner, self.client.data)

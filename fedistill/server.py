@@ -19,6 +19,7 @@ import numpy as np
 from fedistill.aggregate.rules import combine, log_softmax, wants
 from fedistill.aggregate.vigilance import Vigilance, flag_predictions
 from fedistill.distill.learner import Learner
+from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import QuorumError, Rejected, RunError
 from fedistill.metrics import agreement, entropy
 from fedistill.presets import Method
@@ -339,7 +340,8 @@ class Server:
         self.vigilance.load_state_dict(facts["vigilance"])
         if self.student is not None:
             saved = {k[8:]: v for k, v in arrays.items() if k.startswith("student.")}
-            same_names(saved, self.student.state_dict(), "the student")
+            if isinstance(self.student, TorchStudent):
+                same_names(saved, self.student.state_dict(), "the student")
             empty = Rows(self.proxy.inputs[:0], np.empty(0, dtype=np.int64))
             self.student.load_state_dict(saved, empty)
         if "targets" in facts:
