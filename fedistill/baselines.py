@@ -52,9 +52,10 @@ class FedAvgSite(Site):
         self.agree(plan)
         assert isinstance(self.learner, TorchStudent)
         set_weights(self.learner, np.frombuffer(plan.weights, dtype="<f4"))
+        self.learner.restart()
         self.train(plan)
-        labels = self.client.data.labels
-        weights = flat_weights(self.learner)
+        teaches = len(self.client.data) > 0
+        weights = flat_weights(self.learner) if teaches else np.empty(0, dtype="<f4")
         if not np.isfinite(weights).all():
             raise Rejected("nonfinite", "the weights are NaN or infinite: lower the lr")
         upload = Upload(
@@ -63,10 +64,10 @@ class FedAvgSite(Site):
             round=plan.round,
             proxy=plan.proxy,
             classes=plan.classes,
-            share="weights" if len(labels) else "none",
+            share="weights" if teaches else "none",
             codec="float32",
-            shape=(1, len(weights)),
-            size=bucket(len(labels)),
+            shape=(int(teaches), len(weights)),
+            size=bucket(len(self.client.data)),
             payload=weights.tobytes(),
         )
         self.upload = upload.to_bytes()
@@ -78,7 +79,9 @@ class FedAvgSite(Site):
 class FedAvgServer(Server):
     """A server that averages weights by number of rows, as enrolled."""
 
-    def plan(self, number: int) -> Plan:
+    shares = "weights"
+
+    def plan(self, number: int, attempt: int = 0) -> Plan:
         """Who is asked, with the average's weights."""
         return Plan(
             run=self.run,
@@ -87,32 +90,33 @@ class FedAvgServer(Server):
             proxy=self.proxy.fingerprint,
             classes=fingerprint_classes(self.classes),
             weights=flat_weights(self._student()).tobytes(),
-            clients=self._participants(number),
+            clients=self._participants(number, attempt),
         )
 
-    def check(self, data: bytes, plan: Plan, sender: str, seen: set[str]) -> Answer:
-        """Let one upload of weights in, or refuse it with a reason."""
-        upload = Upload.from_bytes(data, self.limit)
-        self._check_sender(upload, plan, sender, seen)
-        if upload.share != "weights":
-            raise Rejected("kind", "this run averages weights")
-        if upload.shape != (1, len(plan.weights) // 4) or len(upload.payload) != len(plan.weights):
-            raise Rejected("shape", "weights of another model")
-        vector = np.frombuffer(upload.payload, dtype="<f4")[None]
+    def _expected_shape(self, plan: Plan, *, teaches: bool) -> tuple[int, int]:
+        return (int(teaches), len(plan.weights) // 4 if teaches else 0)
+
+    def _check_values(self, upload: Upload) -> tuple[Probs, None]:
+        rows, count = upload.shape
+        if len(upload.payload) != 4 * rows * count:
+            raise Rejected("shape", "the payload is not as long as the header says")
+        vector = np.frombuffer(upload.payload, dtype="<f4").reshape(rows, count)
         if not np.isfinite(vector).all():
             raise Rejected("nonfinite", "NaN or infinity among the weights")
-        seen.add(sender)
-        return Answer(upload, vector, None)
+        return vector, None
 
     def combine(self, plan: Plan, answers: Sequence[Answer]) -> Combined:
         """Average the weights."""
-        if len(answers) < self.quorum:
+        teachers = sorted(
+            (answer for answer in answers if answer.upload.share == self.shares),
+            key=lambda answer: answer.upload.client,
+        )
+        if len(teachers) < self.quorum:
             raise QuorumError(
-                f"round {plan.round}: {len(answers)} usable uploads, the quorum is {self.quorum}"
+                f"round {plan.round}: {len(teachers)} usable uploads, the quorum is {self.quorum}"
             )
-        ordered = sorted(answers, key=lambda answer: answer.upload.client)
-        sizes = np.array([self.enrolled[a.upload.client] for a in ordered], dtype=np.float64)
-        stacked: Probs = np.array([a.probs[0] for a in ordered], dtype=np.float64)
+        sizes = np.array([self.enrolled[a.upload.client] for a in teachers], dtype=np.float64)
+        stacked: Probs = np.array([a.probs[0] for a in teachers], dtype=np.float64)
         set_weights(self._student(), (sizes / sizes.sum()) @ stacked)
         return Combined()
 

@@ -242,7 +242,12 @@ class Site:
             "upload": np.frombuffer(self.upload, dtype=np.uint8),
         }
         refusal = self.refusal and [self.refusal.reason, self.refusal.detail]
-        facts = {"run": self.run, "round": self.round, "refusal": refusal}
+        facts = {
+            "run": self.run,
+            "round": self.round,
+            "refusal": refusal,
+            "clipped": self.clipped,
+        }
         store.save_state(self.path, arrays, facts)
 
     def restore(self, run: str, upcoming: int) -> str | None:
@@ -281,6 +286,7 @@ class Site:
         self.targets, self.stamp = arrays["targets"], arrays["stamp"]
         self.upload = arrays["upload"].tobytes()
         self.run, self.round = meta["run"], meta["round"]
+        self.clipped = int(meta["clipped"])
         self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
         return f"{self.client.id}: {note}" if note else None
 
@@ -305,3 +311,5 @@ def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str
         yield f"{client.id} has rows of one class only"
     if shared := len(overlap(client.data.inputs, proxy.inputs)):
         yield f"{client.id} has {shared} private rows that are also proxy rows"
+    if client.test is not None and (shared := len(overlap(client.test.inputs, proxy.inputs))):
+        yield f"{client.id} has {shared} test rows that are also proxy rows"

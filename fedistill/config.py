@@ -296,12 +296,19 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
                 "expected count or sites, found " + ("both" if group.count else "neither"),
                 lines.get(("clients", "group", number)),
             )
-    if method.sharpen is not None and not re.fullmatch(
-        r"none|(era|power):(\d+\.?\d*|\.\d+)", method.sharpen
-    ):
+    sharpen = re.fullmatch(r"(?:era|power):(\d+\.?\d*|\.\d+)", method.sharpen or "")
+    if method.sharpen not in {None, "none"} and not (sharpen and float(sharpen[1]) > 0):
         yield problem(
             "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
         )
+    for key, amount in (
+        ("data.test_rows", settings.data.test_rows),
+        ("clients.labelled", clients.labelled),
+    ):
+        if amount >= 1 and amount != int(amount):
+            yield problem(
+                key, f"expected a share below 1 or a whole number of rows, found {amount}"
+            )
     for key, source in (
         ("data.source", settings.data.source),
         ("data.test", settings.data.test),

@@ -33,7 +33,9 @@ def measure_round(
         rows = site.client.test if site.client.test is not None else test
         if rows is not None and len(rows):
             clients[name] = measure(site.learner, rows)
-    shown = measure(student, test) if student is not None and test is not None else None
+    shown = (
+        measure(student, test) if student is not None and test is not None and len(test) else None
+    )
     if pooled and clients:
         shown = next(iter(clients.values()))
     accuracies = [float(figures["accuracy"] or 0.0) for figures in clients.values()]

@@ -15,9 +15,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from fedistill import config, data, models, store
 from fedistill.client import Client
-from fedistill.config import Settings, TrainSettings
+from fedistill.config import MethodSettings, Settings, TrainSettings
 from fedistill.data import Federated
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import CheckpointError, QuorumError, RunError
@@ -89,7 +91,10 @@ def run(
     """
     import torch
 
-    settings = source if isinstance(source, Settings) else config.load(source, overrides)
+    if isinstance(source, Settings):
+        settings = config.parse(config.to_toml(source), overrides) if overrides else source
+    else:
+        settings = config.load(source, overrides)
     name = name or ("experiment" if isinstance(source, Settings) else Path(source).stem)
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
     store.probe(folder)
@@ -184,15 +189,8 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
         )
     left_out: dict[str, Summary] = {}
     if settings.evaluation.leave_one_out:
-        # Every site stays among the tests: it is measured, and the groups keep their clients.
-        everyone = dict.fromkeys([*federated.tests, *federated.parts])
-        tests = {name: federated.tests.get(name, federated.dataset.test) for name in everyone}
         for site in federated.parts:
-            rest = dataclasses.replace(
-                federated,
-                parts={k: v for k, v in federated.parts.items() if k != site},
-                tests=tests,
-            )
+            rest = without(site, federated, settings)
             home = folder / "leave-one-out" / site
             left_out[site] = run_one(
                 settings, rest, chosen, home, f"{name}, without {site}", resume=resume, show=show
@@ -201,6 +199,21 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
     public = {key: value for key, value in summary.items() if key != "history"}
     store.save_json(folder / "summary.json", public)
     return summary
+
+
+def without(site: str, federated: Federated, settings: Settings) -> Federated:
+    """The same rows without one site's: neither its private rows nor its proxy rows are used.
+
+    Where sites come from a column the rows are scaled afresh too, by the proxy rows that are left.
+    Every site stays among the tests: it is measured, and the groups keep their clients.
+    """
+    if federated.tests:
+        return data.prepare(
+            settings.data, settings.proxy, settings.clients, settings.seed, without=site
+        )
+    tests = dict.fromkeys(federated.parts, federated.dataset.test)
+    parts = {name: part for name, part in federated.parts.items() if name != site}
+    return dataclasses.replace(federated, parts=parts, tests=tests)
 
 
 def run_one(
@@ -216,10 +229,10 @@ def run_one(
     """One federation from its first (or next) round to its last."""
     federation = assemble(settings, federated, chosen)
     store.probe(folder)
-    own = dataclasses.replace(
-        settings, method=dataclasses.replace(settings.method, preset=chosen.name)
-    )
-    if not (folder / "config.toml").exists():
+    own = settings
+    if chosen.name != settings.method.preset:
+        own = dataclasses.replace(settings, method=MethodSettings(preset=chosen.name))
+    if not (resume and (folder / "config.toml").exists()):
         store.write_atomic(folder / "config.toml", config.to_toml(own).encode())
     status = "interrupted"
     try:
@@ -267,7 +280,10 @@ def summarise(
         "versions": versions(),
         "cross": cross_figures(federation, federated) if status == "done" else {},
         "rows": {name: len(part) for name, part in federated.parts.items()},
-        "models": {name: train.model for name, train in _training(settings, federated).items()},
+        "models": model_names(settings, federated, federation.method),
+        "classes_seen": {
+            name: len(np.unique(part.labels)) for name, part in federated.parts.items()
+        },
         "history": list(federation.history),
     }
 
@@ -327,9 +343,14 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
 
 
 def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) -> Callable[[], Any]:
-    """The factory of the server's student: its own kind of model, or that of the clients."""
-    wanted = settings.student.model or settings.clients.model
-    kind = wanted if wanted in {"linear", "mlp", "lenet", "cnn"} else "mlp"
+    """The factory of the server's student: its own kind of model, or that of the clients.
+
+    Where the clients are no networks and nothing is set, it is an mlp: it learns on from round to
+    round, which a refit cannot.
+    """
+    kind = settings.student.model or settings.clients.model
+    if settings.student.model is None and kind not in {"linear", "mlp", "lenet", "cnn"}:
+        kind = "mlp"
     return models.factory(
         kind,
         shape,
@@ -348,6 +369,15 @@ def student_options(settings: Settings) -> dict[str, Any]:
         if item.name not in {"model", "width", "depth"}
         and getattr(settings.student, item.name) is not None
     }
+
+
+def model_names(settings: Settings, federated: Federated, chosen: Method) -> dict[str, str]:
+    """The kind of model at each client; baselines that share one model put it everywhere."""
+    training = _training(settings, federated)
+    if chosen.exchange in {"weights", "rows"}:
+        kind = settings.student.model or settings.clients.model
+        return dict.fromkeys(training, f"{kind}, as the server's")
+    return {name: train.model for name, train in training.items()}
 
 
 def recipe(training: TrainSettings) -> Recipe:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -162,9 +164,10 @@ class Federation:
     ) -> tuple[Plan, Tally, Combined]:
         """Plan, ask, check each answer alone, combine; again, while the quorum is missed."""
         travels = self.method.exchange in {"predictions", "weights"}
+        tally: Tally | None = None
         for attempt in range(ATTEMPTS):
-            plan = self.server.plan(number)
-            tally = Tally(plan, travels=travels)
+            plan = self.server.plan(number, attempt)
+            tally = Tally(plan, travels=travels, before=tally)
             for reply in backend.run(plan):
                 tally.take(reply, self.server)
                 progress("clients", tally.heard, len(plan.clients))
@@ -177,7 +180,7 @@ class Federation:
                 continue
             self.server.close(plan, tally.seen)
             return plan, tally, combined
-        self.server.vigilance.note_all(plan.clients, tally.seen)
+        self.server.vigilance.note_all(plan.clients, tally.seen if tally else ())
         raise missed
 
     def _row(
@@ -203,24 +206,24 @@ class Federation:
             "agreement": combined.agreement,
             "target_entropy": combined.target_entropy,
             "dropped": tally.dropped,
-            "flags": self._flags(combined),
+            "flags": self._flags(plan, combined),
         }
 
-    def _flags(self, combined: Combined) -> dict[str, list[str]]:
+    def _flags(self, plan: Plan, combined: Combined) -> dict[str, list[str]]:
         """Remarks on single clients, from what they sent and from whether they answer."""
         flags = {name: list(remarks) for name, remarks in combined.flags.items()}
         for name in self.server.vigilance.inactive():
             flags.setdefault(name, []).append("inactive")
         for name, site in self.sites.items():
-            if site.clipped:
+            if site.clipped and name in plan.clients:
                 flags.setdefault(name, []).append("clipped")
         return flags
 
     # --- building ------------------------------------------------------------------------------
 
     def _sites(self, folder: Path | None) -> dict[str, Site]:
-        kind = FedAvgSite if self.method.exchange == "weights" else Site
         """Every client at work, with its state under ``folder``."""
+        kind = FedAvgSite if self.method.exchange == "weights" else Site
         sites = {}
         for client in self.clients:
             recipe = self.method.client_recipe(client.training)
@@ -259,6 +262,10 @@ class Federation:
             self.history = history
             self.notes += notes
             return
+        if self.history:
+            # This object has run before: the folder gets what it knows, and goes on from there.
+            journal.save(self.server, self.history)
+            return
         journal.clear(self.sites)
         if resume:
             self.notes.append("nothing to resume: the run starts from its first round")
@@ -266,14 +273,23 @@ class Federation:
     def _identity(self) -> dict[str, str]:
         """What must be the same for a run to be resumed."""
         return {
-            "method": self.method.name,
+            "method": f"{self.method.name} {self._recipes()}",
             "seed": str(self.seed),
             "proxy": self.proxy.fingerprint,
             "proxy rows in a round": str(min(self.server.per_round, len(self.proxy))),
             "classes": ",".join(self.classes),
             "codec": self.method.codec,
-            "clients": ",".join(f"{client.id}:{len(client.data)}" for client in self.clients),
+            "clients": ",".join(
+                f"{client.id}:{bucket(len(client.data))}" for client in self.clients
+            ),
         }
+
+    def _recipes(self) -> str:
+        """A short digest of the method and of how everybody trains."""
+        rule = self.method.rule if isinstance(self.method.rule, str) else "own"
+        told: list[Any] = [dataclasses.replace(self.method, rule=rule)]
+        told += [self.method.client_recipe(client.training) for client in self.clients]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
     # --- figures -------------------------------------------------------------------------------
 

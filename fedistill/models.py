@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedistill.errors import FedistillError
+from fedistill.errors import FedistillError, Problem, SettingsError
 
 
 class Linear(nn.Module):
@@ -173,14 +173,14 @@ def factory(
         return partial(MLP, inputs, classes, width=width, depth=depth)
     if name == "lenet":
         if tuple(shape) != (1, 28, 28):
-            raise FedistillError(
+            raise _unfit(
                 f"lenet takes images of 1x28x28, the rows are {'x'.join(map(str, shape))}: "
                 "use cnn or mlp"
             )
         return partial(LeNet, classes)
     if name == "cnn":
         if len(shape) != 3:
-            raise FedistillError(
+            raise _unfit(
                 f"cnn takes images (channels, height, width), the rows are "
                 f"{'x'.join(map(str, shape))}: use mlp or linear"
             )
@@ -196,6 +196,10 @@ def factory(
     raise FedistillError(f'unknown model "{name}"')
 
 
+def _unfit(text: str) -> SettingsError:
+    return SettingsError([Problem("model", text)])
+
+
 def parameter_count(module: nn.Module) -> int:
     """Number of trainable values; four bytes each is what FedAvg sends."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -209,6 +213,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise FedistillError(f'device "{name}" is asked for, this machine has none: use cpu')
+    number = int(name.partition(":")[2] or 0)
+    if name.startswith("cuda") and number >= torch.cuda.device_count():
+        text = f'"{name}" is asked for, this machine has {torch.cuda.device_count()} such: use cpu'
+        raise SettingsError([Problem("backend.device", text)])
     return torch.device(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fedistill.aggregate.rules import Rule, configure, wants
+from fedistill.aggregate.rules import Rule, configure, sharpener, wants
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import Problem, SettingsError, did_you_mean
 from fedistill.types import FloatArray, IntArray
@@ -209,4 +209,5 @@ def method(name: str, **changes: Any) -> Method:
         chosen, **({k: v for k, v in changes.items() if k in own} | {"client": client})
     )
     result.bound_rule()
+    sharpener(result.sharpen)
     return result

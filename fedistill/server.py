@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -75,6 +76,9 @@ class Server:
         limit: largest message accepted, in bytes.
     """
 
+    shares = "probs"
+    """What teachers upload."""
+
     def __init__(
         self,
         proxy: ProxySet,
@@ -115,8 +119,11 @@ class Server:
 
     # --- plan ----------------------------------------------------------------------------------
 
-    def plan(self, number: int) -> Plan:
-        """Who is asked in round ``number``, for which rows, with the last round's soft targets."""
+    def plan(self, number: int, attempt: int = 0) -> Plan:
+        """Who is asked in round ``number``, for which rows, with the last round's soft targets.
+
+        A further attempt at a round asks those of the one before again, and others besides.
+        """
         if self.proxy.measure() != self.proxy.fingerprint:
             raise RunError("the proxy rows changed during the run: restore the file and --resume")
         return Plan(
@@ -126,19 +133,19 @@ class Server:
             proxy=self.proxy.fingerprint,
             classes=fingerprint_classes(self.classes),
             targets=self.targets,
-            clients=self._participants(number),
+            clients=self._participants(number, attempt),
         )
 
     def _ask(self, number: int) -> RowSpec:
         count = min(self.per_round, len(self.proxy))
         return RowSpec(derive(self.seed, "proxy-rows"), number, count, len(self.proxy))
 
-    def _participants(self, number: int) -> tuple[str, ...]:
-        """A share of those who still answer; who fell silent is asked now and then."""
+    def _participants(self, number: int, attempt: int) -> tuple[str, ...]:
+        """A share of all, drawn from those who still answer; the silent are asked now and then."""
         asked = [name for name in self.enrolled if self.vigilance.worth_asking(name, number)]
-        count = max(1, round(self.participation * len(asked)))
-        chosen = generator(self.seed, "participants", number).permutation(len(asked))[:count]
-        return tuple(asked[index] for index in sorted(chosen))
+        share = max(1, self.quorum, round(self.participation * len(self.enrolled)))
+        order = generator(self.seed, "participants", number).permutation(len(asked))
+        return tuple(asked[index] for index in sorted(order[: share * (attempt + 1)]))
 
     # --- check ---------------------------------------------------------------------------------
 
@@ -182,25 +189,24 @@ class Server:
             raise Rejected("proxy_version", "predictions on other proxy rows")
         if upload.classes != plan.classes:
             raise Rejected("class_map", "other classes, or another order of them")
-        if upload.share not in {"probs", "none"}:
-            raise Rejected("kind", "this run exchanges predictions only")
+        if upload.share not in {self.shares, "none"}:
+            raise Rejected("kind", f"this run exchanges {self.shares} only")
         if upload.codec != self.method.codec:
             raise Rejected("codec", f"expected {self.method.codec}")
         if upload.temperature != 1.0:
             raise Rejected("temperature", "expected predictions at temperature 1")
         if upload.familiarity != ("familiarity" in self._wanted()):
             raise Rejected("fields", "familiarity is expected by the rule, or is not")
-        expected = plan.ask.count if upload.share == "probs" else 0
-        if upload.shape != (expected, len(self.classes)):
-            raise Rejected(
-                "shape",
-                f"expected {expected} rows x {len(self.classes)} classes, "
-                f"found {upload.shape[0]} x {upload.shape[1]}",
-            )
+        expected = self._expected_shape(plan, teaches=upload.share != "none")
+        if upload.shape != expected:
+            raise Rejected("shape", f"expected {expected}, found {upload.shape}")
+
+    def _expected_shape(self, plan: Plan, *, teaches: bool) -> tuple[int, int]:
+        return (plan.ask.count if teaches else 0, len(self.classes))
 
     def _check_claims(self, upload: Upload) -> None:
         """Claims about the client's own rows and privacy."""
-        teaches = upload.share == "probs"
+        teaches = upload.share != "none"
         if not (int(teaches) <= upload.size <= LARGEST_SIZE) or (
             upload.size & (upload.size - 1) and upload.size
         ):
@@ -209,11 +215,9 @@ class Server:
             math.isfinite(upload.epsilon) and upload.epsilon >= 0
         ):
             raise Rejected("epsilon", "expected a finite number of at least 0")
-        try:
-            mask = int(upload.seen, 16)
-        except ValueError:
-            raise Rejected("seen", "expected a bit mask in hexadecimal") from None
-        if not 0 <= mask < 1 << len(self.classes):
+        if not re.fullmatch("[0-9a-f]+", upload.seen):
+            raise Rejected("seen", "expected a bit mask in hexadecimal")
+        if int(upload.seen, 16) >= 1 << len(self.classes):
             raise Rejected("seen", "the mask names classes that do not exist")
 
     def _check_values(self, upload: Upload) -> tuple[Probs, FloatArray | None]:
@@ -258,12 +262,15 @@ class Server:
             self.rule, logits, weights, sharpen=self.method.sharpen, **self._extras(teachers)
         )
         self._publish(plan, targets)
-        epsilons = [a.upload.epsilon for a in answers if a.upload.epsilon is not None]
+        epsilons = [answer.upload.epsilon for answer in answers]
+        known = [epsilon for epsilon in epsilons if epsilon is not None]
+        answered = ~np.isnan(targets).any(axis=1)
         return Combined(
-            agreement=float(np.mean([agreement(p, targets) for p in probs])),
-            target_entropy=entropy(targets[~np.isnan(targets).any(axis=1)]),
+            agreement=float(np.mean([agreement(p[answered], targets[answered]) for p in probs])),
+            target_entropy=entropy(targets[answered]),
             flags=flags,
-            epsilon_max=max(epsilons) if epsilons else None,
+            # One client without a bound, and there is no bound.
+            epsilon_max=max(known) if len(known) == len(epsilons) and known else None,
         )
 
     def _extras(self, teachers: Sequence[Answer]) -> dict[str, FloatArray]:
@@ -308,6 +315,11 @@ class Server:
             seed=derive(self.seed, "server", self.round),
             weights=weights,
         )
+        # A learner may keep what it absorbs for its next fit, and the server has no rows for one.
+        self.student.fit(self._no_rows(), seed=derive(self.seed, "server-fit", self.round))
+
+    def _no_rows(self) -> Rows:
+        return Rows(self.proxy.inputs[:0], np.empty(0, dtype=np.int64))
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -342,8 +354,7 @@ class Server:
             saved = {k[8:]: v for k, v in arrays.items() if k.startswith("student.")}
             if isinstance(self.student, TorchStudent):
                 same_names(saved, self.student.state_dict(), "the student")
-            empty = Rows(self.proxy.inputs[:0], np.empty(0, dtype=np.int64))
-            self.student.load_state_dict(saved, empty)
+            self.student.load_state_dict(saved, self._no_rows())
         if "targets" in facts:
             told = facts["targets"]
             self.targets = Targets(

@@ -61,7 +61,12 @@ def site_table(
             figures |= _column("left-out student", left_out[site]["cross"], "student", site)
             if "local" in baselines:
                 figures |= _others(baselines["local"]["cross"], site)
-        table[site] = {"rows": rows, "model": summary["models"].get(site, ""), "figures": figures}
+        table[site] = {
+            "rows": rows,
+            "model": summary["models"].get(site, ""),
+            "classes_seen": summary["classes_seen"].get(site),
+            "figures": figures,
+        }
     return table
 
 
@@ -97,22 +102,26 @@ def _others(cross: Cross, site: str) -> dict[str, Figures]:
 def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean of every number over equal tables, with ``KEY_sd`` beside it; other values of the first.
 
-    Whole numbers that agree stay whole. Nested tables are averaged alike.
+    A number that some tables lack (an AUC where a test part has one class) is the mean of those
+    that have it, with their count as ``KEY_n``. Whole numbers that agree stay whole. Nested tables
+    are averaged alike.
     """
     merged: dict[str, Any] = {}
-    for key, first in entries[0].items():
-        values = [entry.get(key) for entry in entries]
-        if isinstance(first, Mapping):
-            merged[key] = average([value for value in values if isinstance(value, Mapping)])
-        elif _is_number(first) and all(_is_number(value) for value in values):
+    for key in dict.fromkeys(key for entry in entries for key in entry):
+        values = [entry[key] for entry in entries if entry.get(key) is not None]
+        if not values:
+            merged[key] = None
+        elif all(isinstance(value, Mapping) for value in values):
+            merged[key] = average(values)
+        elif all(_is_number(value) for value in values):
             numbers = np.array(values, dtype=np.float64)
-            if np.ptp(numbers) == 0:
-                merged[key] = first
-            else:
-                merged[key] = float(numbers.mean())
+            merged[key] = values[0] if np.ptp(numbers) == 0 else float(numbers.mean())
+            if np.ptp(numbers) > 0:
                 merged[f"{key}_sd"] = float(numbers.std(ddof=1))
+            if len(values) < len(entries):
+                merged[f"{key}_n"] = len(values)
         else:
-            merged[key] = first
+            merged[key] = values[0]
     return merged
 
 

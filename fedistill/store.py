@@ -51,9 +51,11 @@ def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> Non
         temporary.replace(path)
         sync_folder(path.parent)
     except OSError as error:
+        raise _cannot_write(path, error) from None
+    finally:
+        # Also when interrupted: what is left over is never a file that somebody might read.
         temporary.unlink(missing_ok=True)
         link.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from None
 
 
 def previous(path: Path) -> Path:

@@ -9,17 +9,24 @@ from fedistill.wire.messages import Failure, Plan
 
 
 class Tally:
-    """What came back in one round, and what it weighed."""
+    """What came back in one round, and what it weighed.
 
-    def __init__(self, plan: Plan, *, travels: bool) -> None:
+    Args:
+        plan: what was asked.
+        travels: whether messages leave the process in a deployment, and so count.
+        before: the tally of a former attempt at this round, whose bytes were sent too.
+    """
+
+    def __init__(self, plan: Plan, *, travels: bool, before: Tally | None = None) -> None:
         self.plan = plan
         self.travels = travels
         self.answers: list[Answer] = []
         self.dropped: dict[str, str] = {}
         self.seen: set[str] = set()
         self.heard = 0
-        self.bytes_up = 0
-        self.bytes_down = len(plan.to_bytes()) * len(plan.clients) if travels else 0
+        self.bytes_up: int = before.bytes_up if before else 0
+        self.bytes_down: int = before.bytes_down if before else 0
+        self.bytes_down += len(plan.to_bytes()) * len(plan.clients) if travels else 0
 
     def take(self, reply: Reply | Failure, server: Server) -> None:
         """Count a reply, and let it in or note why not."""

@@ -45,6 +45,11 @@ class Rows:
                 f"inputs and labels must have equal length, found {len(self.inputs)} and "
                 f"{len(self.labels)}: check how the rows were read"
             )
+        object.__setattr__(self, "inputs", np.asarray(self.inputs, dtype=np.float32))
+        labels = np.asarray(self.labels)
+        if labels.dtype.kind not in "iub" and not (labels == labels.astype(np.int64)).all():
+            raise DataError("labels must be whole numbers from 0: map the classes to numbers")
+        object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
 
     def __len__(self) -> int:
         return len(self.labels)

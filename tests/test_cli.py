@@ -63,7 +63,7 @@ def test_bad_input_is_a_sentence_and_never_a_traceback(name, verb, call, tmp_pat
     if text is not None:
         path.write_text(text)
     code, out, err = call(verb, path)
-    assert code == (3 if name in {"bad path", "bad model", "too many proxy rows"} else 2)
+    assert code == (3 if name in {"bad path", "too many proxy rows"} else 2)
     assert told in err
     assert err.startswith("fedistill: ")
     assert "Traceback" not in out + err

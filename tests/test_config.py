@@ -325,6 +325,11 @@ def sections(draw):
             **{item.name: draw(values(item, hints[item.name])) for item in dataclasses.fields(kind)}
         )
     # A source must be of a known kind; what follows the colon is free.
+    # And rows are counted in whole numbers, or are a share.
+    amount = made["data"].test_rows
+    made["data"] = dataclasses.replace(
+        made["data"], test_rows=amount if amount < 1 else float(int(amount))
+    )
     names = {key: "csv:" + getattr(made["data"], key) for key in ("source", "test")}
     made["data"] = dataclasses.replace(made["data"], **names)
     return made

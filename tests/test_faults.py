@@ -58,7 +58,6 @@ from fedistill.errors import (
     RunError,
     SettingsError,
 )
-from fedistill.presets import method
 from fedistill.server import Server
 from fedistill.types import ProxySet, Rows
 from fedistill.wire import codec
@@ -1320,12 +1319,7 @@ def test_all_errors_belong_to_one_family_with_an_exit_code() -> None:
         assert kind.exit_code in {2, 3}
 
 
-def test_presets_named_here_exist() -> None:
-    for name in ("fedistill", "fedmd", "ds-fl", "feddf"):
-        assert method(name).exchange == "predictions"
-
-
-@pytest.mark.parametrize("claim", [-20, 0, 1, 1 << 39, 1 << 60])
+@pytest.mark.parametrize("claim", [1, 1 << 5, 1 << 39])
 @pytest.mark.parametrize("number", [19])
 def test_the_fedavg_baseline_weighs_by_enrolled_rows_whatever_is_claimed_later(
     number: int, claim: int
@@ -1340,6 +1334,31 @@ def test_the_fedavg_baseline_weighs_by_enrolled_rows_whatever_is_claimed_later(
 
     for honest, swayed in zip(run(16).values(), run(claim).values(), strict=True):
         np.testing.assert_array_equal(swayed, honest)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"size": -20}, "size"),
+        ({"size": 0}, "size"),
+        ({"size": 1 << 60}, "size"),
+        ({"proxy": "0" * 64}, "proxy_version"),
+        ({"classes": "0" * 64}, "class_map"),
+        ({"codec": "zz"}, "codec"),
+        ({"epsilon": -3.0}, "epsilon"),
+        ({"shape": [1, 2]}, "shape"),
+        ({"share": "probs"}, "kind"),
+    ],
+)
+@pytest.mark.parametrize("number", [19])
+def test_the_fedavg_baseline_has_the_same_door(
+    number: int, change: dict[str, Any], reason: str
+) -> None:
+    people = [replace(client, build=partial(models.Linear, 4, 3)) for client in participants(4)]
+    fed = federation(people, method="fedavg")
+    lie = only("site-3", lambda message, plan: reseal(message, **change))
+    (row,) = fed.run(1, backend=tampered(lie))
+    assert row["dropped"] == {"site-3": reason}
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # typer on click 8.4

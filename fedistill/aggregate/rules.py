@@ -15,6 +15,7 @@ NaN and is dropped by the server; it is never 0/0 by accident.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from fedistill.errors import FedistillError
 from fedistill.types import FloatArray, Logits, Probs
 
 Rule = Callable[..., Probs]
+SHARPEN = re.compile(r"(era|power):(\d+\.?\d*|\.\d+)")
 WANTS = ("seen", "familiarity", "sizes")
 FAMILIARITY_LIMIT = 8.0
 """Log density ratios are clamped to plus and minus this, both where sent and where used."""
@@ -225,32 +227,34 @@ def combine(
     Raises:
         FedistillError: the rule returned something that is not a probability per row and class.
     """
-    probs = np.asarray(rule(logits, weights, **{name: extras[name] for name in wants(rule)}))
+    raw = np.asarray(rule(logits, weights, **{name: extras[name] for name in wants(rule)}))
     expected = logits.shape[1:]
     name = getattr(rule, "__name__", type(rule).__name__)
-    if probs.shape != expected:
+    if raw.shape != expected:
         raise FedistillError(
             f"rule {name} must return [rows, classes] = {list(expected)}, returned "
-            f"{list(probs.shape)}: check it with fedistill.testing.check_rule"
+            f"{list(raw.shape)}: check it with fedistill.testing.check_rule"
         )
-    answered = ~np.isnan(probs).any(axis=-1)
-    good = probs[answered]
-    if good.size and (good.min() < 0 or np.abs(good.sum(axis=-1) - 1).max() > 1e-6):
+    probs = sharpener(sharpen)(raw)
+    good = probs[~np.isnan(raw).any(axis=-1)]
+    if good.size and not (good.min() >= 0 and np.abs(good.sum(axis=-1) - 1).max() <= 1e-6):
         raise FedistillError(
             f"rule {name} must return rows of probabilities that sum to 1: "
             "check it with fedistill.testing.check_rule"
         )
-    return sharpener(sharpen)(probs)
+    return probs
 
 
 def sharpener(spec: str) -> Callable[[Probs], Probs]:
     """The function named by ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``."""
+    if spec == "none":
+        return lambda probs: probs
     kind, _, value = spec.partition(":")
+    if not SHARPEN.fullmatch(spec) or float(value) <= 0:
+        raise FedistillError(f'sharpen: expected none, era:0.1 or power:2, found "{spec}"')
     if kind == "era":
         return partial(era, temperature=float(value))
-    if kind == "power":
-        return partial(power, exponent=float(value))
-    return lambda probs: probs
+    return partial(power, exponent=float(value))
 
 
 def configure(rule: str | Rule, **options: Any) -> Rule:

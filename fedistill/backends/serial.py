@@ -11,7 +11,11 @@ from fedistill.wire.messages import Failure, Plan
 
 
 class Serial:
-    """Asks the sites one by one, in the order of the plan."""
+    """Asks the sites one by one, in the order of the plan.
+
+    What a site refuses is its failure. A model that raises ends the simulation with its trace:
+    that is a bug to be seen, and here the one who wrote it is looking.
+    """
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites

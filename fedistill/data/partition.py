@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,10 +116,12 @@ def by_column(rows: Rows) -> dict[str, Rows]:
 def client_id(site: str) -> str:
     """A site's name as a client id, which is also the name of a folder.
 
-    >>> client_id("St. Gallen/West")
-    'St._Gallen_West'
+    >>> client_id("St. Gallen/West"), client_id("Zürich"), client_id("(north)")
+    ('St._Gallen_West', 'Zurich', 'north_')
     """
-    return re.sub(r"[^\w.+-]", "_", site).lstrip(".")[:64] or "_"
+    plain = unicodedata.normalize("NFKD", site).encode("ascii", "ignore").decode()
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", plain)
+    return re.sub(r"^[^A-Za-z0-9]+", "", safe)[:64] or "site"
 
 
 def by_file(rows: Rows, path: str | Path, key: str) -> list[Rows]:

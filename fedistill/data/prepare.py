@@ -9,7 +9,7 @@ import numpy as np
 
 from fedistill.config import ClientsSettings, DataSettings, ProxySettings
 from fedistill.data.draw import allot, count_of, stratified
-from fedistill.data.partition import PARTITIONS, by_column, file_numbers
+from fedistill.data.partition import PARTITIONS, by_column, client_id, file_numbers
 from fedistill.data.scale import Scaler
 from fedistill.data.sources import read
 from fedistill.data.table import Table, align, align_features, rows_of
@@ -34,9 +34,22 @@ class Federated:
 
 
 def prepare(
-    data: DataSettings, proxy: ProxySettings, clients: ClientsSettings, seed: int
+    data: DataSettings,
+    proxy: ProxySettings,
+    clients: ClientsSettings,
+    seed: int,
+    *,
+    without: str = "",
 ) -> Federated:
     """Read the source and divide it, as the settings say.
+
+    Args:
+        data: the source.
+        proxy: the public rows.
+        clients: who holds which rows.
+        seed: of all draws.
+        without: a site (by column) whose private and proxy rows are left out after all draws, so
+            that the other sites hold what they hold with it; its test rows stay.
 
     Raises:
         DataError: a source that cannot be used, or numbers of rows that do not fit together.
@@ -52,12 +65,14 @@ def prepare(
         seed,
         clients if clients.partition == "file" else None,
         clients.column if by_site else "",
+        without,
     )
     parts = PARTITIONS[clients.partition].deal(dataset.train, clients, seed)
     limited = {name: labelled(part, clients.labelled, seed, name) for name, part in parts.items()}
     own = dataset.test.site is not None and by_site
     tests = by_column(dataset.test) if own and len(dataset.test) else {}
-    return Federated(dataset, limited, {name: tests[name] for name in limited if name in tests})
+    measured = [name for name in tests if name in limited or name == without]
+    return Federated(dataset, limited, {name: tests[name] for name in measured})
 
 
 def load(
@@ -66,6 +81,7 @@ def load(
     seed: int,
     from_file: ClientsSettings | None = None,
     column: str = "",
+    without: str = "",
 ) -> Dataset:
     """Read the source; hold out test rows, then public rows; scale all by the public ones.
 
@@ -75,6 +91,7 @@ def load(
         seed: of both draws.
         from_file: the file partition that names public and private rows, or None.
         column: the column that holds the sites; test rows are then a share of each site.
+        without: a site that gives neither private nor public rows.
     """
     table = read(data.source, data, column=column)
     if len(table.classes) < 2:
@@ -93,6 +110,8 @@ def load(
         private, public = _file_rows(from_file, len(rows))
         unused = np.setdiff1d(everything, np.concatenate([private, public]))
         held = _test_numbers(data, rows, unused, seed)
+    if without:
+        private, public = (_others(rows, numbers, without) for numbers in (private, public))
     test = read_test(data, table, column) if data.test else rows.take(held)
     seen = read_public(proxy, data, table, seed) if proxy.path else rows.take(public)
     if not len(private):
@@ -112,6 +131,15 @@ def load(
         for part in (rows.take(private), test, blank)
     )
     return Dataset(table.name, train, test, blank, table.classes)
+
+
+def _others(rows: Rows, numbers: IntArray, without: str) -> IntArray:
+    """Those of the row numbers that belong to another site."""
+    if rows.site is None:
+        return numbers
+    kept = [client_id(str(site)) != without for site in rows.site[numbers]]
+    others: IntArray = numbers[np.array(kept, dtype=bool)]
+    return others
 
 
 def _scaler(table: Table, public: Rows, data: DataSettings) -> Scaler:

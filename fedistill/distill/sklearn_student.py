@@ -10,6 +10,7 @@ import numpy as np
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
 from fedistill.distill.recipe import Recipe
+from fedistill.seeding import generator
 from fedistill.types import FloatArray, IntArray, Logits, Probs, Rows, State
 
 PROXY_SHARE = 2.0
@@ -31,7 +32,7 @@ class SklearnStudent:
     absorbed targets, and the own rows, which are never part of the state.
 
     Args:
-        build: a factory of classifiers with ``fit(X, y, sample_weight)`` and ``predict_proba``.
+        build: a factory of classifiers or pipelines with ``fit`` and ``predict_proba``.
         recipe: how to train; of it only ``soft_weight`` and ``familiarity`` apply.
         classes: number of classes.
         background: proxy rows to tell own rows from, or None for no familiarity.
@@ -75,14 +76,11 @@ class SklearnStudent:
         inputs, labels, weights = self._weighted_rows(rows)
         if len(labels) == 0:
             self._model = None
+        elif len(np.unique(labels)) == 1:
+            self._model = _Constant(int(labels[0]))
         else:
             self._model = self.build()
-            if hasattr(self._model, "random_state"):
-                self._model.random_state = seed % (1 << 31)
-            if len(np.unique(labels)) == 1:
-                self._model = _Constant(int(labels[0]))
-            else:
-                self._model.fit(inputs, labels, sample_weight=weights)
+            fit_weighted(self._model, inputs, labels, weights, seed)
         self._fit_scorer(rows)
 
     def predict(self, inputs: FloatArray) -> Logits:
@@ -150,6 +148,33 @@ class SklearnStudent:
         self._scorer = LogisticRegression(C=0.1, max_iter=1000).fit(
             inputs, own, sample_weight=share
         )
+
+
+def fit_weighted(
+    model: Any, inputs: FloatArray, labels: IntArray, weights: FloatArray, seed: int
+) -> None:
+    """Fit a classifier or a pipeline on weighted rows, with everything random in it seeded.
+
+    What takes no weights is fitted on rows drawn in proportion to them, as many as there are.
+    """
+    from sklearn.utils.validation import has_fit_parameter
+
+    seeds = {
+        name: seed % (1 << 31)
+        for name in getattr(model, "get_params", dict)()
+        if name.split("__")[-1] == "random_state"
+    }
+    if seeds:
+        model.set_params(**seeds)
+    steps = getattr(model, "steps", None)
+    last, last_step = steps[-1] if steps else ("", model)
+    if has_fit_parameter(last_step, "sample_weight"):
+        name = f"{last}__sample_weight" if steps else "sample_weight"
+        model.fit(inputs, labels, **{name: weights})
+        return
+    share = weights / weights.sum()
+    drawn = generator(seed, "weighted").choice(len(labels), len(labels), p=share)
+    model.fit(inputs[drawn], labels[drawn])
 
 
 class _Constant:

@@ -34,9 +34,9 @@ def seeded(seed: int) -> Iterator[None]:
 class WithFamiliarity(nn.Module):
     """A module with one more output: how familiar a row is, from the features before the head.
 
-    The features are the input of the module's last linear layer (its logits, if it has none), so
-    any classifier can carry the output without being rewritten. The gradient flows into the
-    shared trunk.
+    The features are the input of the module's last linear layer, so any classifier can carry the
+    output without being rewritten; its logits, if it has none or one that does not see whole
+    rows. The gradient flows into the shared trunk.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
@@ -51,7 +51,9 @@ class WithFamiliarity(nn.Module):
         with torch.no_grad():
             logits = module(example)
         module.train(was_training)
-        features = logits if self._features is None else self._features
+        seen = self._features
+        self._usable = seen is not None and seen.shape[:-1] == (len(example),)
+        features = seen if seen is not None and self._usable else logits
         # Not initialised, for that would draw from the global generator; it starts at zero.
         self.score: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
             nn.Linear, features.shape[-1], 1
@@ -67,7 +69,7 @@ class WithFamiliarity(nn.Module):
         """Logits ``[rows, classes]`` and familiarity ``[rows]``."""
         self._features = None
         logits: Tensor = self.module(inputs)
-        features = logits if self._features is None else self._features
+        features = logits if self._features is None or not self._usable else self._features
         self._features = None
         score: Tensor = self.score(features)[:, 0]
         return logits, score
@@ -133,7 +135,7 @@ class TorchStudent:
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Train on own rows, joined by proxy rows; without own rows, on the proxy rows alone."""
-        if len(rows) == 0:
+        if len(rows) == 0 or self.recipe.epochs == 0:
             if self._memory is not None and len(self._memory):
                 self._distil(self._memory, seed)
             return
@@ -158,6 +160,10 @@ class TorchStudent:
             return total if self._scored is None else total + own_or_proxy(score, batch.familiar)
 
         self._train(list(batches), loss, seed)
+
+    def restart(self) -> None:
+        """Forget the optimizer's state, as when the weights were replaced from outside."""
+        self._optimizer.state.clear()
 
     def predict(self, inputs: FloatArray) -> Logits:
         """Logits ``[rows, classes]``, float32."""

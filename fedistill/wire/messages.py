@@ -25,6 +25,7 @@ MAGIC = b"FDst"
 VERSION = 1
 CHECKSUM = 16
 MAX_HEADER = 64 * 1024
+MOST_ROUNDS = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,17 @@ class Plan:
             raise Rejected("kind", "expected a plan")
         _check_types(header, {"run": str, "round": int, "proxy": str, "classes": str})
         targets = _read_targets(header["targets"], payload) if "targets" in header else None
+        number, ask = header["round"], _read_spec(header["ask"])
+        if not 0 < number < MOST_ROUNDS or ask.round != number:
+            raise Rejected("stale_round", "the plan names impossible or different rounds")
+        if targets is not None and not 0 < targets.spec.round < number:
+            raise Rejected("stale_round", "the targets are of no earlier round")
         return cls(
             run=header["run"],
-            round=header["round"],
+            round=number,
             proxy=header["proxy"],
             classes=header["classes"],
-            ask=_read_spec(header["ask"]),
+            ask=ask,
             targets=targets,
             weights=b"" if targets else payload,
         )
