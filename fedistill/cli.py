@@ -16,6 +16,7 @@ from fedistill.errors import FedistillError
 # Plain help takes half the time of styled help; else typer would still escape brackets for rich.
 typer.core.HAS_RICH = False
 
+MOST_NOTES = 10
 INTERRUPTED = 130
 RESUMABLE = "fedistill: interrupted; the same command with --resume goes on"
 
@@ -79,6 +80,8 @@ def run(
 
     summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=RoundTable)
     folder = Path(summary["folder"])
+    for note in summary.get("notes", [])[:MOST_NOTES]:
+        typer.echo(f"note: {note}")
     typer.echo(f"report: {folder / 'report.html'}")
 
 
@@ -176,6 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         # Click's own usage errors carry an exit code; anything else is ours and keeps its trace.
         if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message())
+            sys.exit(error.exit_code)
         typer.echo(f"fedistill: {error.format_message()} (see --help)", err=True)
         sys.exit(error.exit_code)
     if code == INTERRUPTED:

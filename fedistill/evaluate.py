@@ -5,7 +5,7 @@ Nothing here travels: in a deployment a client's accuracy on its own rows stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,28 +24,30 @@ def measure(learner: Learner, rows: Rows) -> Figures:
     return {"accuracy": accuracy(logits, rows.labels), "auc": auc(logits, rows.labels)}
 
 
-def measure_round(
-    sites: Mapping[str, Site], student: Learner | None, test: Rows | None, *, pooled: bool
-) -> dict[str, Any]:
-    """The student on the common test rows, every client on its own, or else on those."""
+def measure_clients(sites: Mapping[str, Site], test: Rows | None) -> dict[str, Any]:
+    """Every client on its own test rows, or else on the common ones; not those never asked."""
     clients = {}
     for name, site in sites.items():
         rows = site.client.test if site.client.test is not None else test
-        if rows is not None and len(rows):
+        if site.round and rows is not None and len(rows):
             clients[name] = measure(site.learner, rows)
-    shown = (
-        measure(student, test) if student is not None and test is not None and len(test) else None
-    )
-    if pooled and clients:
-        shown = next(iter(clients.values()))
     accuracies = [float(figures["accuracy"] or 0.0) for figures in clients.values()]
     aucs = [figures["auc"] for figures in clients.values() if figures["auc"] is not None]
     return {
-        "student_accuracy": shown["accuracy"] if shown else None,
         "client_accuracy_mean": float(np.mean(accuracies)) if accuracies else None,
         "client_accuracy_min": float(np.min(accuracies)) if accuracies else None,
-        "student_auc": shown["auc"] if shown else None,
         "client_auc_mean": float(np.mean(aucs)) if aucs else None,
         "client_accuracy": {name: figures["accuracy"] for name, figures in clients.items()},
         "client_auc": {name: figures["auc"] for name, figures in clients.items()} if aucs else None,
+    }
+
+
+def measure_student(learner: Learner | None, tests: Sequence[Rows]) -> dict[str, Any]:
+    """The student's figures: the mean over the given sets of test rows."""
+    found = [measure(learner, rows) for rows in tests if len(rows)] if learner else []
+    aucs = [figures["auc"] for figures in found if figures["auc"] is not None]
+    accuracies = [float(figures["accuracy"] or 0.0) for figures in found]
+    return {
+        "student_accuracy": float(np.mean(accuracies)) if found else None,
+        "student_auc": float(np.mean(aucs)) if aucs else None,
     }

@@ -22,10 +22,11 @@ from fedistill.client import Client
 from fedistill.config import MethodSettings, Settings, TrainSettings
 from fedistill.data import Federated
 from fedistill.distill.recipe import Recipe
-from fedistill.errors import CheckpointError, QuorumError, RunError
+from fedistill.errors import CheckpointError, DataError, QuorumError, RunError, SettingsError
 from fedistill.federation import Federation
 from fedistill.presets import METHODS, Method
 from fedistill.presets import method as preset
+from fedistill.report import write_report
 from fedistill.sites import average, cross_figures, site_table
 from fedistill.types import ProxySet
 
@@ -89,25 +90,47 @@ def run(
         DataError: something is wrong with the data.
         RunError: the run cannot go on (quorum, disk, changed proxy rows).
     """
-    import torch
-
     if isinstance(source, Settings):
         settings = config.parse(config.to_toml(source), overrides) if overrides else source
     else:
         settings = config.load(source, overrides)
     name = name or ("experiment" if isinstance(source, Settings) else Path(source).stem)
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
+    guard(folder, resume=resume)
     store.probe(folder)
-    remember(settings, folder, resume=resume)
-    torch.set_num_threads(settings.backend.threads)
-    if settings.evaluation.repeats == 1:
-        summary = run_seed(settings, folder, name, resume=resume, show=show)
-    else:
-        summary = run_repeats(settings, folder, name, resume=resume, show=show)
-    from fedistill.report import write_report
-
-    write_report(folder)
+    with store.held(folder), models.threads(settings.backend.threads):
+        fresh = not (folder / "config.toml").exists()
+        remember(settings, folder, resume=resume)
+        try:
+            several = settings.evaluation.repeats > 1
+            go = run_repeats if several else run_seed
+            summary = go(settings, folder, name, resume=resume, show=show)
+        except (DataError, SettingsError):
+            if fresh:  # nothing was run: the name stays free for the next try
+                store.remove(folder / "config.toml")
+            raise
+        write_report(folder)
     return summary | {"folder": str(folder)}
+
+
+def guard(folder: Path, *, resume: bool) -> None:
+    """Refuse to write over a run, or into a folder of other things.
+
+    Raises:
+        RunError: the folder holds a run and ``resume`` is not set, or holds something else.
+    """
+    if not folder.is_dir():
+        return
+    a_run = (folder / "config.toml").exists()
+    if a_run and not resume:
+        raise RunError(
+            f"{folder} holds a run already: add --resume to go on with it, or choose another "
+            "folder with --out"
+        )
+    if not a_run and {entry.name for entry in folder.iterdir()} - {".lock"}:
+        raise RunError(
+            f"{folder} is not empty and holds no run: choose a folder of its own with --out"
+        )
 
 
 def default_folder(name: str, *, resume: bool) -> Path:
@@ -244,6 +267,7 @@ def run_one(
                 resume=resume,
                 measure_every=settings.evaluation.every,
                 progress=watch.advance,
+                threads=settings.backend.threads,
             )
             fedavg = federation.fedavg_bytes() if chosen.exchange == "predictions" else None
             for row in rows:
@@ -270,6 +294,7 @@ def summarise(
     federation: Federation, settings: Settings, federated: Federated, name: str, status: str
 ) -> Summary:
     """What ``summary.json`` holds of one federation."""
+    everybody = settings.evaluation.leave_one_out
     return federation.summary() | {
         "name": name,
         "rounds": len(federation.history),
@@ -278,7 +303,7 @@ def summarise(
         "backend": settings.backend.name,
         "status": status,
         "versions": versions(),
-        "cross": cross_figures(federation, federated) if status == "done" else {},
+        "cross": cross_figures(federation, federated, everybody) if status == "done" else {},
         "rows": {name: len(part) for name, part in federated.parts.items()},
         "models": model_names(settings, federated, federation.method),
         "classes_seen": {

@@ -23,9 +23,10 @@ from fedistill.distill.build import build_learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, QuorumError
-from fedistill.evaluate import measure_round
+from fedistill.evaluate import measure_clients, measure_student
 from fedistill.journal import Journal
 from fedistill.models import parameter_count, pick_device
+from fedistill.models import threads as computing
 from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.seeding import derive
@@ -84,14 +85,14 @@ class Federation:
     ) -> None:
         self.method = preset(method) if isinstance(method, str) else method
         self.clients = _pooled(clients) if self.method.exchange == "rows" else list(clients)
-        self.proxy = proxy
+        self.proxy = proxy if isinstance(proxy, ProxySet) else ProxySet(np.asarray(proxy))
         self.classes = tuple(classes) if classes else _class_names(self.clients)
         self.seed = seed
         self.device = pick_device(device)
         self.history: list[Row] = []
         self.notes: list[str] = []
         self.sites: dict[str, Site] = {}
-        _check_clients(self.clients, len(self.classes))
+        _check_clients(self.clients, len(self.classes), self.proxy)
 
         exchange = self.method.exchange
         base = training or self.clients[0].training
@@ -101,7 +102,7 @@ class Federation:
             learner = self._learner(student, recipe)
         kind = FedAvgServer if exchange == "weights" else Server
         self.server = kind(
-            proxy,
+            self.proxy,
             self.classes,
             learner,
             self.method,
@@ -126,6 +127,7 @@ class Federation:
         measure_every: int = 1,
         backend: Callable[[Mapping[str, Site]], Backend] = Serial,
         progress: Progress = lambda label, done, total: None,
+        threads: int = 1,
     ) -> Iterator[Row]:
         """Run the rounds; yields one row of figures after each.
 
@@ -138,13 +140,14 @@ class Federation:
                 all test rows by each; the first and the last round are always measured.
             backend: what runs the clients.
             progress: called with what is being done, how much of it is done, and of how much.
+            threads: torch threads while it runs; equal bytes need equal threads.
 
         Raises:
             QuorumError: too few usable uploads, several times in a row.
             RunError: the folder cannot be written, or the proxy rows changed.
         """
         journal = Journal(Path(out) if out is not None else None, self._identity())
-        with journal:
+        with journal, computing(threads):
             self._begin(journal, resume)
             asked = backend(self.sites)
             for number in range(self.server.round + 1, rounds + 1):
@@ -174,7 +177,8 @@ class Federation:
             try:
                 combined = self.server.combine(plan, tally.answers) if travels else Combined()
             except QuorumError as shortage:
-                reasons = ", ".join(sorted(set(tally.dropped.values()))) or "no answer"
+                told = [f"{name}: {reason}" for name, reason in sorted(tally.dropped.items())]
+                reasons = ", ".join(told[:5]) or "no answer"
                 missed = QuorumError(f"{shortage} ({reasons})")
                 time.sleep(PAUSE * 2**attempt)
                 continue
@@ -192,9 +196,11 @@ class Federation:
         measured: Mapping[str, Site],
     ) -> Row:
         """The figures of a round, as they stand in ``rounds.jsonl``."""
-        figures = measure_round(
-            measured, self.server.student, test, pooled=self.method.exchange == "rows"
-        )
+        own = [site.client.test for site in self.sites.values() if site.client.test is not None]
+        common = [test] if test is not None else []
+        pooled = self.method.exchange == "rows"
+        student = self.sites["pooled"].learner if pooled else self.server.student
+        figures = measure_student(student, own or common) | measure_clients(measured, test)
         return {
             "round": plan.round,
             **figures,
@@ -245,6 +251,7 @@ class Federation:
             classes=len(self.classes),
             # One seed for all: clients of one architecture start from the same weights.
             seed=derive(self.seed, "weights"),
+            example=self.proxy.inputs[:2],
             device=self.device,
             background=self.proxy.inputs if recipe.familiarity else None,
         )
@@ -344,7 +351,7 @@ def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=0) + 1))
 
 
-def _check_clients(clients: Sequence[Client], classes: int) -> None:
+def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> None:
     if not clients:
         raise DataError("a federation needs at least one client, found none")
     ids = [client.id for client in clients]
@@ -352,6 +359,11 @@ def _check_clients(clients: Sequence[Client], classes: int) -> None:
         raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
     for client in clients:
         labels, inputs = client.data.labels, client.data.inputs
+        if len(inputs) and inputs.shape[1:] != proxy.inputs.shape[1:]:
+            raise DataError(
+                f"{client.id}: rows must have the shape of proxy rows, {proxy.inputs.shape[1:]}, "
+                f"found {inputs.shape[1:]}: prepare both alike"
+            )
         bad = np.flatnonzero((labels < 0) | (labels >= classes))
         if len(bad):
             raise DataError(

@@ -6,15 +6,15 @@ Every site keeps its own state beside it, with the answer of its last round.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from fedistill import store
 from fedistill.client import Site
-from fedistill.errors import CheckpointError, RunError
+from fedistill.errors import CheckpointError
 from fedistill.server import Server
 
 Row = dict[str, Any]
@@ -31,23 +31,14 @@ class Journal:
     def __init__(self, folder: Path | None, identity: Mapping[str, str]) -> None:
         self.folder = folder
         self.identity = dict(identity)
-        self._lock: IO[bytes] | None = None
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> Journal:
         """Make the folder ready and keep other processes out of it."""
         if self.folder is None:
             return self
         store.probe(self.folder / "checkpoint")
-        lock = (self.folder / "checkpoint" / "lock").open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RunError(
-                f"{self.folder} is in use by another process: wait for it, or choose another "
-                "folder with --out"
-            ) from None
-        self._lock = lock
+        self._held.enter_context(store.held(self.folder / "checkpoint"))
         return self
 
     def __exit__(
@@ -56,10 +47,8 @@ class Journal:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let others in; the lock falls with the process, too."""
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        """Let others in."""
+        self._held.close()
 
     def exists(self) -> bool:
         """Whether there is a checkpoint to go on from."""

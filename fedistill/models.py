@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -194,6 +195,17 @@ def factory(
     if name in classic:
         return classic[name]
     raise FedistillError(f'unknown model "{name}"')
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with this many torch threads: on small models more than one only get in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _unfit(text: str) -> SettingsError:

@@ -54,7 +54,9 @@ class DataSettings:
     label: str = setting("label", "csv, parquet: name or number (-1 is last) of the label column")
     header: bool = setting(True, "csv: the first line names the columns")
     separator: str = setting(",", "csv: what separates the columns")
-    missing: str = setting("?", "csv: the text of a missing value, beside the empty one")
+    missing: str = setting(
+        "? NA", "csv: texts of a missing value, between spaces, beside the empty one"
+    )
     zero_missing: tuple[str, ...] = setting(
         (), "names or numbers of columns in which 0 stands for a missing value"
     )

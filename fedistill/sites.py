@@ -26,14 +26,24 @@ def test_rows(federated: Federated) -> dict[str, Rows]:
     return dict(federated.tests) or {COMMON: federated.dataset.test}
 
 
-def cross_figures(federation: Federation, federated: Federated) -> Cross:
-    """Every model of a finished run on the test rows of every site."""
-    tests = test_rows(federated)
+def cross_figures(federation: Federation, federated: Federated, everybody: bool) -> Cross:
+    """Every client's model on its own site, those that serve all on every site.
+
+    Args:
+        federation: a finished run.
+        federated: the rows.
+        everybody: also judge every client's model on every other site.
+    """
+    tests = {name: rows for name, rows in test_rows(federated).items() if len(rows)}
     learners = {name: site.learner for name, site in federation.sites.items()}
     if federation.server.student is not None:
         learners["student"] = federation.server.student
     return {
-        model: {name: measure(learner, rows) for name, rows in tests.items() if len(rows)}
+        model: {
+            name: measure(learner, rows)
+            for name, rows in tests.items()
+            if everybody or model == name or model not in tests
+        }
         for model, learner in learners.items()
     }
 

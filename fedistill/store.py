@@ -8,12 +8,14 @@ the generation before is used instead, with a word about it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,24 @@ def probe(folder: Path) -> None:
         test.unlink()
     except OSError as error:
         raise _cannot_write(folder, error) from None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder; the lock falls with the process, too.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    with (folder / ".lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(
+                f"{folder} is in use by another process: wait for it, or choose another "
+                "folder with --out"
+            ) from None
+        yield
 
 
 def remove(path: Path) -> None:

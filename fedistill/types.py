@@ -40,15 +40,25 @@ class Rows:
     site: npt.NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.labels):
+        try:
+            inputs = np.asarray(self.inputs, dtype=np.float32)
+        except (TypeError, ValueError):
             raise DataError(
-                f"inputs and labels must have equal length, found {len(self.inputs)} and "
-                f"{len(self.labels)}: check how the rows were read"
-            )
-        object.__setattr__(self, "inputs", np.asarray(self.inputs, dtype=np.float32))
+                "inputs must be numbers in rows of one shape: encode texts first"
+            ) from None
         labels = np.asarray(self.labels)
-        if labels.dtype.kind not in "iub" and not (labels == labels.astype(np.int64)).all():
-            raise DataError("labels must be whole numbers from 0: map the classes to numbers")
+        if labels.dtype.kind not in "iub" and not (
+            labels.dtype.kind == "f" and (labels == np.floor(labels)).all()
+        ):
+            raise DataError(
+                f"labels must be whole numbers from 0, found {labels.dtype}: map classes to numbers"
+            )
+        if len(inputs) != len(labels):
+            raise DataError(
+                f"inputs and labels must have equal length, found {len(inputs)} and "
+                f"{len(labels)}: check how the rows were read"
+            )
+        object.__setattr__(self, "inputs", inputs)
         object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
 
     def __len__(self) -> int:

@@ -593,7 +593,7 @@ def test_when_nobody_answers_the_run_gives_up_after_three_tries_and_changes_noth
     with pytest.raises(QuorumError) as caught:
         list(again.run(3, held_out(), out=tmp_path, resume=True, backend=mute))
     assert caught.value.exit_code == 3
-    assert "round 3: 0 usable uploads, the quorum is 3 (timeout)" in str(caught.value)
+    assert "the quorum is 3 (site-0: timeout, " in str(caught.value)
     assert len(tries[0].asked) == 3
     assert again.server.digest() == before[0]
     assert again.server.targets == before[1]

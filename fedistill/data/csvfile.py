@@ -58,7 +58,7 @@ def read_frame(places: list[Path], query: Query) -> Frame:
         place, number = origin[row]
         return f"{place}, line {number}"
 
-    empty = {"", settings.missing}
+    empty = {"", *settings.missing.split()}
     columns = tuple(
         [None if cell in empty else cell for cell in column] for column in zip(*rows, strict=True)
     )

@@ -24,15 +24,36 @@ def build_learner(
     seed: int,
     device: torch.device | None = None,
     background: FloatArray | None = None,
+    example: FloatArray | None = None,
 ) -> Learner:
     """A learner from a factory of torch modules, scikit-learn classifiers or learners.
 
+    Args:
+        build: the factory, called without arguments.
+        recipe: how to train.
+        classes: number of classes.
+        seed: of the initial weights.
+        device: where to compute.
+        background: proxy rows, where familiarity is learned.
+        example: a few rows on which a torch module is tried at once.
+
     Raises:
-        FedistillError: the factory makes something else.
+        FedistillError: it is no factory, makes something else, or a module that does not turn
+            rows into logits.
     """
+    if isinstance(build, nn.Module) or not callable(build):
+        raise FedistillError(
+            "build must be a factory, such as partial(fd.models.MLP, 64, 10), so that building is "
+            f"seeded too; found a ready {type(build).__name__}"
+        )
     with seeded(seed):
-        sample = build()
+        try:
+            sample = build()
+        except TypeError as error:
+            raise FedistillError(f"build must be callable without arguments ({error})") from None
     if isinstance(sample, nn.Module):
+        if example is not None and len(example):
+            _try_out(sample, example, classes)
         return TorchStudent(
             build, recipe, classes=classes, seed=seed, device=device, background=background
         )
@@ -44,3 +65,22 @@ def build_learner(
         "a client's build must return a torch module, a scikit-learn classifier with "
         f"predict_proba, or a learner; it returned {type(sample).__name__}"
     )
+
+
+def _try_out(module: nn.Module, example: FloatArray, classes: int) -> None:
+    """Show a module two rows before it is trained on thousands."""
+    wanted = f"logits [rows, classes] = [{len(example)}, {classes}]"
+    name = type(module).__name__
+    module.eval()
+    try:
+        with torch.no_grad():
+            found = module(torch.from_numpy(example))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise FedistillError(
+            f"{name} cannot take rows of shape {list(example.shape[1:])}: {reason}"
+        ) from None
+    if not isinstance(found, torch.Tensor):
+        raise FedistillError(f"{name} must return {wanted}, it returns a {type(found).__name__}")
+    if tuple(found.shape) != (len(example), classes):
+        raise FedistillError(f"{name} must return {wanted}, it returns {list(found.shape)}")

@@ -18,6 +18,7 @@ ORDER = (
     "student",
     "left-out student",
     "best single other",
+    "mean single other",
     "fedavg",
     "centralised",
 )
@@ -29,6 +30,7 @@ MEANING: Mapping[str, str] = {
     "student": "the server's model",
     "left-out student": "a student taught without this site",
     "best single other": "the best other site's model",
+    "mean single other": "the other sites' models, their mean",
     "fedavg": "weights averaged",
     "centralised": "all rows in one place",
 }
