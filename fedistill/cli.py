@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 import typer.core
 
@@ -175,14 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         sys.exit(leaving.exit_code)
     except BrokenPipeError:
         sys.exit(0)
-    except Exception as error:
-        # Click's own usage errors carry an exit code; anything else is ours and keeps its trace.
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            typer.echo(error.format_message())
-            sys.exit(error.exit_code)
-        typer.echo(f"fedistill: {error.format_message()} (see --help)", err=True)
+    except click.ClickException as error:
+        if isinstance(error, click.UsageError) and not arguments and len(sys.argv) == 1:
+            typer.echo(error.format_message())  # no command at all: the message is the help
+        else:
+            typer.echo(f"fedistill: {error.format_message()} (see --help)", err=True)
         sys.exit(error.exit_code)
     if code == INTERRUPTED:
         typer.echo(RESUMABLE, err=True)

@@ -18,22 +18,17 @@ from typing import Any, Protocol
 import numpy as np
 
 from fedistill import config, data, models, store
-from fedistill.client import Client
-from fedistill.config import MethodSettings, Settings, TrainSettings
+from fedistill.assembly import assemble, method_of, model_names
+from fedistill.config import MethodSettings, Settings
 from fedistill.data import Federated
-from fedistill.distill.recipe import Recipe
 from fedistill.errors import CheckpointError, DataError, QuorumError, RunError, SettingsError
 from fedistill.federation import Federation
-from fedistill.presets import METHODS, Method
+from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.report import write_report
 from fedistill.sites import average, cross_figures, site_table
-from fedistill.types import ProxySet
 
 Summary = dict[str, Any]
-
-STUDENT_WIDTH = 128
-"""Width of the server's student where the settings are silent: it learns from all sites."""
 
 
 class Watch(Protocol):
@@ -313,111 +308,6 @@ def summarise(
     }
 
 
-# --- from settings to parts ----------------------------------------------------------------------
-
-
-def method_of(settings: Settings) -> Method:
-    """The preset with what the settings change in it."""
-    changes = {
-        item.name: getattr(settings.method, item.name)
-        for item in dataclasses.fields(settings.method)
-        if item.name != "preset" and getattr(settings.method, item.name) is not None
-    }
-    return preset(settings.method.preset, **changes)
-
-
-def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federation:
-    """A federation from settings and prepared rows."""
-    dataset = federated.dataset
-    shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
-    training = _training(settings, federated)
-    student = student_factory(settings, shape, classes)
-    clients = [
-        Client(
-            name,
-            student
-            if chosen.exchange == "rows"
-            else models.factory(
-                training[name].model,
-                shape,
-                classes,
-                width=training[name].width,
-                depth=training[name].depth,
-            ),
-            part,
-            federated.tests.get(name),
-            recipe(training[name]),
-        )
-        for name, part in federated.parts.items()
-    ]
-    return Federation(
-        clients,
-        ProxySet(dataset.public.inputs),
-        student,
-        chosen,
-        classes=dataset.classes,
-        seed=settings.seed,
-        per_round=settings.proxy.per_round,
-        participation=settings.clients.participation,
-        quorum=min(settings.clients.quorum, len(clients)),
-        training=recipe(settings.clients),
-        student_options=student_options(settings),
-        device=settings.backend.device,
-        limit=int(settings.backend.max_message_mb * (1 << 20)),
-    )
-
-
-def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) -> Callable[[], Any]:
-    """The factory of the server's student: its own kind of model, or that of the clients.
-
-    Where the clients are no networks and nothing is set, it is an mlp: it learns on from round to
-    round, which a refit cannot.
-    """
-    kind = settings.student.model or settings.clients.model
-    if settings.student.model is None and kind not in {"linear", "mlp", "lenet", "cnn"}:
-        kind = "mlp"
-    return models.factory(
-        kind,
-        shape,
-        classes,
-        width=settings.student.width or STUDENT_WIDTH,
-        depth=settings.student.depth or 1,
-    )
-
-
-def student_options(settings: Settings) -> dict[str, Any]:
-    """What [student] sets, as fields of :class:`Recipe`."""
-    names = {"epochs": "distil_epochs"}
-    return {
-        names.get(item.name, item.name): getattr(settings.student, item.name)
-        for item in dataclasses.fields(settings.student)
-        if item.name not in {"model", "width", "depth"}
-        and getattr(settings.student, item.name) is not None
-    }
-
-
-def model_names(settings: Settings, federated: Federated, chosen: Method) -> dict[str, str]:
-    """The kind of model at each client; baselines that share one model put it everywhere."""
-    training = _training(settings, federated)
-    if chosen.exchange in {"weights", "rows"}:
-        kind = settings.student.model or settings.clients.model
-        return dict.fromkeys(training, f"{kind}, as the server's")
-    return {name: train.model for name, train in training.items()}
-
-
-def recipe(training: TrainSettings) -> Recipe:
-    """Settings of training as a recipe."""
-    names = {item.name for item in dataclasses.fields(Recipe)}
-    known = {item.name for item in dataclasses.fields(TrainSettings)} & names
-    return Recipe(**{name: getattr(training, name) for name in known})
-
-
-def _training(settings: Settings, federated: Federated) -> dict[str, TrainSettings]:
-    ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
-    resolved = config.client_settings(settings.clients, ids)
-    return {name: resolved[name] for name in federated.parts}
-
-
 def versions() -> dict[str, str]:
     """Versions of what computed the run."""
     found = {"python": platform.python_version()}
@@ -425,6 +315,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-__all__ = ["METHODS", "assemble", "method_of", "run"]

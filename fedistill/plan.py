@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedistill import config, data, experiment
+from fedistill import config, data
 from fedistill.aggregate.rules import wants
+from fedistill.assembly import assemble, method_of
 from fedistill.config import Settings
 from fedistill.data import Federated
 from fedistill.presets import Method
@@ -22,8 +23,8 @@ ENVELOPE = 450
 def describe(settings: Settings) -> Iterator[str]:
     """The plan of a run, a line each; reads the data, trains nothing."""
     federated = data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
-    chosen = experiment.method_of(settings)
-    federation = experiment.assemble(settings, federated, chosen)
+    chosen = method_of(settings)
+    federation = assemble(settings, federated, chosen)
     dataset = federated.dataset
     asked = min(settings.proxy.per_round or len(dataset.public), len(dataset.public))
     yield f"data      {dataset.name}: {len(dataset.classes)} classes, inputs " + "x".join(

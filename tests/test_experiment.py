@@ -9,7 +9,7 @@ import pytest
 from builders import read_lines, write_settings
 
 import fedistill as fd
-from fedistill import config, experiment
+from fedistill import assembly, config, experiment
 from fedistill.client import Site
 from fedistill.config import Settings
 from fedistill.errors import CheckpointError, SettingsError
@@ -229,7 +229,7 @@ def test_a_used_default_folder_is_numbered(tmp_path, monkeypatch):
 
 def test_settings_change_the_preset():
     settings = config.parse("[method]\npreset = 'ds-fl'\nrule = 'mean'\nsoft_weight = 0.5")
-    found = experiment.method_of(settings)
+    found = assembly.method_of(settings)
     assert (found.name, found.rule, found.codec) == ("ds-fl", "mean", "float32")
     assert found.client["soft_weight"] == 0.5
     assert found.client["distil"] == "phase"
@@ -251,13 +251,13 @@ def test_every_method_setting_reaches_the_method():
             continue
         value = texts.get(item.name, 1)
         changed = config.MethodSettings(preset="ds-fl", **{item.name: value})
-        found = experiment.method_of(dataclasses.replace(Settings(), method=changed))
+        found = assembly.method_of(dataclasses.replace(Settings(), method=changed))
         assert value in {getattr(found, item.name, None), found.client.get(item.name)}, item.name
 
 
 def test_student_settings_reach_the_students_recipe():
     settings = config.parse("[student]\nepochs = 0\nlr = 0.5\nbatch_size = 3")
-    assert experiment.student_options(settings) == {"distil_epochs": 0, "lr": 0.5, "batch_size": 3}
+    assert assembly.student_options(settings) == {"distil_epochs": 0, "lr": 0.5, "batch_size": 3}
 
 
 def test_a_wrong_file_is_told_before_a_folder_is_made(tmp_path):
