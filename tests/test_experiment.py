@@ -9,10 +9,10 @@ import pytest
 from builders import read_lines, write_settings
 
 import fedistill as fd
-from fedistill import assembly, config, experiment
+from fedistill import assembly, config, experiment, store
 from fedistill.client import Site
 from fedistill.config import Settings
-from fedistill.errors import CheckpointError, SettingsError
+from fedistill.errors import CheckpointError, DataError, RunError, SettingsError
 
 KEYS = {
     "round",
@@ -264,3 +264,51 @@ def test_a_wrong_file_is_told_before_a_folder_is_made(tmp_path):
     with pytest.raises(SettingsError):
         fd.run(tmp_path / "no.toml", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_never_written_over(tmp_path):
+    small(tmp_path)
+    before = (tmp_path / "run" / "config.toml").read_bytes()
+    with pytest.raises(RunError, match="holds a run already: add --resume"):
+        small(tmp_path, "clients.lr=0.5")
+    with pytest.raises(CheckpointError, match="other settings"):
+        small(tmp_path, "clients.lr=0.5", rounds=9, resume=True)
+    assert (tmp_path / "run" / "config.toml").read_bytes() == before
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        small(tmp_path)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_two_processes_cannot_share_a_run_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with store.held(tmp_path / "run"), pytest.raises(RunError, match="in use by another process"):
+        small(tmp_path)
+
+
+def test_a_start_that_fails_leaves_the_name_free(tmp_path):
+    with pytest.raises(DataError):
+        small(tmp_path, "data.source=csv:nowhere.csv")
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_left_out_site_gives_no_proxy_rows(tmp_path):
+    lines = ["x,y,site,label"]
+    lines += [f"{k % 7},{k % 5},{'abc'[k % 3]},{k % 2}" for k in range(120)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    settings = config.parse(
+        f'[data]\nsource = "csv:rows.csv"\npath = "{tmp_path}"\n[proxy]\nrows = 30\n'
+        '[clients]\npartition = "by-column"\ncolumn = "site"\n'
+    )
+    whole = fd.data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+    rest = experiment.without("b", whole, settings)
+    assert set(rest.parts) == {"a", "c"}
+    assert set(rest.tests) == {"a", "b", "c"}
+    assert set(rest.dataset.public.site.tolist()) == {"a", "c"}
+    assert len(rest.dataset.public) < len(whole.dataset.public)
+    for name in ("a", "c"):
+        assert rest.parts[name].ids.tolist() == whole.parts[name].ids.tolist()

@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from builders import (
     CLASSES,
     INPUTS,
@@ -15,6 +16,7 @@ from builders import (
     gaussian,
     held_out,
     proxy,
+    read_lines,
     server,
     timeless,
 )
@@ -29,7 +31,7 @@ from fedistill.errors import DataError, SettingsError
 from fedistill.presets import METHODS
 from fedistill.types import Rows
 from fedistill.wire.codec import expected_size
-from fedistill.wire.messages import Plan, RowSpec, Upload
+from fedistill.wire.messages import Failure, Plan, RowSpec, Upload
 
 SMALL = partial(models.MLP, INPUTS, 3, width=8)
 EXCHANGING = [name for name, entry in METHODS.items() if entry.exchange == "predictions"]
@@ -393,8 +395,73 @@ def test_test_rows_of_their_own_are_what_clients_are_measured_on():
     assert row["client_accuracy"]["a"] == (logits.argmax(1) == own.labels).mean()
 
 
-def test_a_federation_can_be_run_again_from_the_start():
+def test_a_federation_goes_on_when_it_is_run_again_and_keeps_its_folder(tmp_path):
     made = federation(alike(3))
-    first = timeless(made.run(2, held_out()))
-    fresh = timeless(federation(alike(3)).run(2, held_out()))
-    assert first == fresh
+    assert [row["round"] for row in made.run(2, held_out(), out=tmp_path)] == [1, 2]
+    assert [row["round"] for row in made.run(2, held_out(), out=tmp_path)] == []
+    assert len(read_lines(tmp_path / "rounds.jsonl")) == 2
+    assert [row["round"] for row in made.run(3, held_out(), out=tmp_path)] == [3]
+    whole = federation(alike(3))
+    assert timeless(whole.run(3, held_out())) == timeless(read_lines(tmp_path / "rounds.jsonl"))
+
+
+class Silly(torch.nn.Module):
+    """A model that is never finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.head(inputs) * float("nan")
+
+
+def test_one_bad_client_among_few_asked_does_not_end_the_run():
+    people = alike(10)
+    people[4] = Client("zz-bad", Silly, people[4].data, training=people[4].training)
+    made = federation(people, participation=0.3, method="ds-fl")
+    rows = list(made.run(8, held_out()))
+    assert len(rows) == 8
+    assert any("zz-bad" in row["dropped"] for row in rows), "it was asked at least once"
+    assert all(row["clients_ok"] >= 3 for row in rows)
+
+
+def test_the_bytes_of_a_missed_attempt_are_counted():
+    sent = []
+
+    class Forgetful(Serial):
+        """Loses all answers of the first attempt but one."""
+
+        def run(self, plan):
+            for number, reply in enumerate(super().run(plan)):
+                sent.append(len(reply.data))
+                late = len(sent) <= len(plan.clients) and number
+                yield Failure(reply.client, plan.round, "lost") if late else reply
+
+    made = federation(alike(4), method="ds-fl")
+    (row,) = made.run(1, held_out(), backend=Forgetful)
+    arrived = [sent[0], *sent[4:]]
+    assert row["bytes_up"] == sum(arrived)
+    first = federation(alike(4), method="ds-fl").server.plan(1)
+    assert row["bytes_down"] == 2 * 4 * len(first.to_bytes())
+
+
+def test_torch_threads_are_put_back():
+    before = torch.get_num_threads()
+    list(federation(alike(3)).run(1, held_out()))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (models.MLP(4, 3), "must be a factory"),
+        (models.MLP, "callable without arguments"),
+        (partial(models.MLP, 4, 7), r"must return logits \[rows, classes\] = \[2, 3\]"),
+        (partial(models.MLP, 5, 3), "cannot take rows of shape"),
+    ],
+)
+def test_a_model_that_cannot_take_part_is_told_before_training(build, told):
+    people = [*alike(2), Client("odd", build, alike(1)[0].data)]
+    with pytest.raises(fd.FedistillError, match=told):
+        list(federation(people).run(1))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builders import INPUTS, gaussian, probabilities
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from fedistill import models
 from fedistill.aggregate.rules import softmax
@@ -160,3 +164,29 @@ def test_the_state_holds_no_own_row():
     for name, value in learner.state_dict().items():
         rows = value if value.ndim == 2 else value[:, None]
         assert not private & {np.asarray(row).tobytes() for row in rows}, name
+
+
+def test_a_pipeline_gets_weights_at_its_last_step_and_its_randomness_is_seeded():
+    def build():
+        return make_pipeline(StandardScaler(), RandomForestClassifier(5))
+
+    first, second = student(build), student(build)
+    for learner in (first, second):
+        learner.absorb(PUBLIC.inputs, TARGETS, seed=1)
+        learner.fit(ROWS, seed=2)
+    np.testing.assert_array_equal(first.predict(ROWS.inputs), second.predict(ROWS.inputs))
+    other = student(build)
+    other.absorb(PUBLIC.inputs, TARGETS[:, ::-1].copy(), seed=1)
+    other.fit(ROWS, seed=2)
+    assert np.abs(other.predict(PUBLIC.inputs) - first.predict(PUBLIC.inputs)).max() > 1e-3
+
+
+def test_a_classifier_without_weights_learns_from_rows_drawn_by_weight():
+    learner = student(lambda: KNeighborsClassifier(3))
+    learner.absorb(PUBLIC.inputs, TARGETS, seed=1)
+    learner.fit(ROWS, seed=2)
+    again = student(lambda: KNeighborsClassifier(3))
+    again.absorb(PUBLIC.inputs, TARGETS, seed=1)
+    again.fit(ROWS, seed=2)
+    np.testing.assert_array_equal(learner.predict(ROWS.inputs), again.predict(ROWS.inputs))
+    assert (learner.predict(ROWS.inputs).argmax(1) == ROWS.labels).mean() > 0.5

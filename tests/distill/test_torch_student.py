@@ -423,3 +423,34 @@ def test_a_state_does_not_change_when_its_owner_learns_on():
     taught(learner, range(2, 3))
     for name, value in kept.items():
         np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+class PerToken(torch.nn.Module):
+    """A linear layer that sees parts of a row, not rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = torch.nn.Linear(2, 3)
+
+    def forward(self, inputs):
+        return self.token(inputs.reshape(len(inputs), -1, 2)).mean(dim=1)
+
+
+def test_familiarity_falls_back_to_logits_where_the_last_layer_sees_no_whole_rows():
+    inputs = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    labels = np.arange(40) % 3
+    learner = TorchStudent(
+        PerToken, Recipe(familiarity=True, batch_size=8), classes=3, seed=1, background=inputs[:20]
+    )
+    learner.fit(Rows(inputs, labels), seed=2)
+    assert learner.familiarity(inputs).shape == (40,)
+    assert np.isfinite(learner.predict(inputs)).all()
+
+
+def test_no_epochs_means_no_step_on_own_rows():
+    inputs = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
+    build = partial(models.Linear, 4, 3)
+    learner = TorchStudent(build, Recipe(epochs=0, distil="inside"), classes=3, seed=1)
+    before = learner.predict(inputs)
+    learner.fit(Rows(inputs, np.arange(30) % 3), seed=2)
+    np.testing.assert_array_equal(learner.predict(inputs), before)
