@@ -310,6 +310,6 @@ def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str
     if met == 1 < classes:
         yield f"{client.id} has rows of one class only"
     if shared := len(overlap(client.data.inputs, proxy.inputs)):
-        yield f"{client.id} has {shared} private rows that are also proxy rows"
+        yield f"{client.id}: private rows that are also proxy rows: {shared}"
     if client.test is not None and (shared := len(overlap(client.test.inputs, proxy.inputs))):
-        yield f"{client.id} has {shared} test rows that are also proxy rows"
+        yield f"{client.id}: test rows that are also proxy rows: {shared}"

@@ -1175,7 +1175,7 @@ def test_private_rows_among_the_proxy_rows_are_counted_at_the_client(fault: obje
     fed = federation(people, proxy=shared)
     list(fed.run(1))
     assert [note for note in fed.notes if "proxy rows" in note] == [
-        "site-1 has 2 private rows that are also proxy rows"
+        "site-1: private rows that are also proxy rows: 2"
     ]
     assert data.overlap(inputs, shared.inputs).tolist() == [2, 5]
 
