@@ -14,7 +14,7 @@ import torch
 
 from fedistill.client import Site
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import Problem, QuorumError, Rejected, SettingsError
+from fedistill.errors import Problem, Rejected, SettingsError
 from fedistill.server import Answer, Combined, Server
 from fedistill.types import FloatArray, Probs, fingerprint_classes
 from fedistill.wire.messages import Plan, RowSpec, Upload, bucket
@@ -44,21 +44,20 @@ def set_weights(student: TorchStudent, vector: FloatArray) -> None:
 class FedAvgSite(Site):
     """A client that takes the average's weights, trains, and sends its own."""
 
-    def answer(self, message: bytes) -> bytes:
-        """Weights in, weights out."""
-        plan = Plan.from_bytes(message)
-        if (plan.run, plan.round) == (self.run, self.round):
-            return self.upload
-        self.agree(plan)
+    def absorb(self, plan: Plan) -> None:
+        """Take the average's weights."""
         assert isinstance(self.learner, TorchStudent)
         set_weights(self.learner, np.frombuffer(plan.weights, dtype="<f4"))
         self.learner.restart()
-        self.train(plan)
+
+    def share(self, plan: Plan) -> Upload:
+        """The weights after training; a client without rows of its own sends none."""
+        assert isinstance(self.learner, TorchStudent)
         teaches = len(self.client.data) > 0
         weights = flat_weights(self.learner) if teaches else np.empty(0, dtype="<f4")
         if not np.isfinite(weights).all():
             raise Rejected("nonfinite", "the weights are NaN or infinite: lower the lr")
-        upload = Upload(
+        return Upload(
             client=self.client.id,
             run=plan.run,
             round=plan.round,
@@ -70,10 +69,6 @@ class FedAvgSite(Site):
             size=bucket(len(self.client.data)),
             payload=weights.tobytes(),
         )
-        self.upload = upload.to_bytes()
-        self.run, self.round = plan.run, plan.round
-        self.save()
-        return self.upload
 
 
 class FedAvgServer(Server):
@@ -107,14 +102,7 @@ class FedAvgServer(Server):
 
     def combine(self, plan: Plan, answers: Sequence[Answer]) -> Combined:
         """Average the weights."""
-        teachers = sorted(
-            (answer for answer in answers if answer.upload.share == self.shares),
-            key=lambda answer: answer.upload.client,
-        )
-        if len(teachers) < self.quorum:
-            raise QuorumError(
-                f"round {plan.round}: {len(teachers)} usable uploads, the quorum is {self.quorum}"
-            )
+        teachers = self._teachers(plan, answers)
         sizes = np.array([self.enrolled[a.upload.client] for a in teachers], dtype=np.float64)
         stacked: Probs = np.array([a.probs[0] for a in teachers], dtype=np.float64)
         set_weights(self._student(), (sizes / sizes.sum()) @ stacked)

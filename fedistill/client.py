@@ -112,9 +112,7 @@ class Site:
         self.train(plan)
         self.upload, self.refusal = b"", None
         try:
-            logits, familiarity = self.predict(plan)
-            probs = self.protect(logits)
-            self.upload = self.encode(plan, probs, familiarity).to_bytes()
+            self.upload = self.share(plan).to_bytes()
         except Rejected as refusal:
             self.refusal = refusal
         self.run, self.round = plan.run, plan.round
@@ -162,6 +160,11 @@ class Site:
     def train(self, plan: Plan) -> None:
         """Train on own rows."""
         self.learner.fit(self.client.data, seed=self._seed(plan, "train"))
+
+    def share(self, plan: Plan) -> Upload:
+        """Predict, protect, encode: protection comes before the codec, which is post-processing."""
+        logits, familiarity = self.predict(plan)
+        return self.encode(plan, self.protect(logits), familiarity)
 
     def predict(self, plan: Plan) -> tuple[Logits, FloatArray | None]:
         """Logits on the rows that are asked, and familiarity where the method shares it."""

@@ -242,14 +242,7 @@ class Server:
         Raises:
             QuorumError: fewer teachers than the quorum; the soft targets stay as they were.
         """
-        teachers = sorted(
-            (answer for answer in answers if answer.upload.share == "probs"),
-            key=lambda answer: answer.upload.client,
-        )
-        if len(teachers) < self.quorum:
-            raise QuorumError(
-                f"round {plan.round}: {len(teachers)} usable uploads, the quorum is {self.quorum}"
-            )
+        teachers = self._teachers(plan, answers)
         probs, weights, flags = flag_predictions(
             {answer.upload.client: answer.probs for answer in teachers},
             {a.upload.client: a.familiarity for a in teachers if a.familiarity is not None},
@@ -272,6 +265,15 @@ class Server:
             # One client without a bound, and there is no bound.
             epsilon_max=max(known) if len(known) == len(epsilons) and known else None,
         )
+
+    def _teachers(self, plan: Plan, answers: Sequence[Answer]) -> list[Answer]:
+        """Those who teach, in the order of their ids: the order of arrival must not matter."""
+        teachers = [answer for answer in answers if answer.upload.share == self.shares]
+        if len(teachers) < self.quorum:
+            raise QuorumError(
+                f"round {plan.round}: {len(teachers)} usable uploads, the quorum is {self.quorum}"
+            )
+        return sorted(teachers, key=lambda answer: answer.upload.client)
 
     def _extras(self, teachers: Sequence[Answer]) -> dict[str, FloatArray]:
         """What a rule may ask for beside predictions and weights."""
