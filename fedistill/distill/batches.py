@@ -6,7 +6,7 @@ memory runs out) without changing the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,27 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a call, each made when its step comes: never all of them in memory.
+
+    Attributes:
+        count: number of steps.
+        smallest: rows of the smallest batch; 0 without steps.
+        make: from a step to its batch, the same whenever it is asked.
+    """
+
+    count: int
+    smallest: int
+    make: Callable[[int], Batch]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self.make(step) for step in range(self.count))
+
+
 def local_batches(
     inputs: Tensor,
     targets: Tensor,
@@ -79,8 +100,8 @@ def local_batches(
     background: Tensor | None,
     recipe: Recipe,
     seed: int,
-) -> Iterator[Batch]:
-    """Own rows in shuffled passes, each batch joined by as many proxy rows and mixtures.
+) -> Batches:
+    """Own rows in shuffled passes, each batch joined by as many proxy rows (and mixtures).
 
     Args:
         inputs: own rows.
@@ -100,18 +121,19 @@ def local_batches(
     contrast = None
     if background is not None:
         contrast = generator(seed, "background").integers(0, len(background), (steps, size))
-    for step, index in enumerate(own):
-        yield _assemble(
-            inputs[index],
-            targets[index],
-            None
-            if soft is None or memory is None
-            else (memory.inputs[soft[step]], memory.targets[soft[step]]),
-            None if contrast is None or background is None else background[contrast[step]],
-            recipe,
-            strength,
-            generator(seed, "mix", step),
-        )
+
+    def make(step: int) -> Batch:
+        taught = seen = None
+        if soft is not None and memory is not None:
+            taught = memory.inputs[soft[step]], memory.targets[soft[step]]
+        if contrast is not None and background is not None:
+            seen = background[contrast[step]]
+        random = generator(seed, "mix", step)
+        index = own[step]
+        return _assemble(inputs[index], targets[index], taught, seen, recipe, strength, random)
+
+    joined = size if soft is not None or contrast is not None else 0
+    return Batches(steps, min(map(len, own), default=0) + joined, make)
 
 
 def _at_least(
@@ -180,7 +202,7 @@ def _assemble(
     )
 
 
-def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Iterator[Batch]:
+def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Batches:
     """A phase on soft targets alone: passes over them, or as many draws by weight."""
     size, device = recipe.batch_size, memory.inputs.device
     even = bool((memory.weights == memory.weights[0]).all()) if len(memory) else True
@@ -190,7 +212,9 @@ def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Iterator[Batch]:
         # A pass over faded rows is as long as a pass over all: it visits the fresh ones more often.
         steps = -(-len(memory) // size) * recipe.distil_epochs
         chosen = list(_draws(memory, size, steps, seed))
-    for step, index in enumerate(chosen):
+
+    def make(step: int) -> Batch:
+        index = chosen[step]
         inputs, targets = memory.inputs[index], memory.targets[index]
         if recipe.mixup:
             inputs, targets = mix(
@@ -198,7 +222,7 @@ def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Iterator[Batch]:
             )
         count, temperature = len(index), recipe.temperature
         weights = np.full(count, temperature**2 / count)
-        yield Batch(
+        return Batch(
             inputs,
             soften(targets, temperature),
             _tensor([weights], device),
@@ -206,6 +230,8 @@ def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Iterator[Batch]:
             0,
             temperature,
         )
+
+    return Batches(len(chosen), min(map(len, chosen), default=0), make)
 
 
 def mix(

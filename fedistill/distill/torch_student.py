@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
-from fedistill.distill.batches import Batch, Memory, local_batches, soft_batches
+from fedistill.distill.batches import Batch, Batches, Memory, local_batches, soft_batches
 from fedistill.distill.recipe import Recipe
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
 from fedistill.seeding import derive
@@ -159,7 +159,7 @@ class TorchStudent:
             total = soft_cross_entropy(logits, batch.targets, batch.weight)
             return total if self._scored is None else total + own_or_proxy(score, batch.familiar)
 
-        self._train(list(batches), loss, seed)
+        self._train(batches, loss, seed)
 
     def restart(self) -> None:
         """Forget the optimizer's state, as when the weights were replaced from outside."""
@@ -210,14 +210,14 @@ class TorchStudent:
                 return logit_mae(logits, batch.targets) * batch.weight.sum()
             return soft_cross_entropy(logits, batch.targets, batch.weight, batch.temperature)
 
-        self._train(list(soft_batches(memory, self.recipe, seed)), loss, seed)
+        self._train(soft_batches(memory, self.recipe, seed), loss, seed)
 
-    def _train(self, batches: list[Batch], loss: Callable[[Batch], Tensor], seed: int) -> None:
+    def _train(self, batches: Batches, loss: Callable[[Batch], Tensor], seed: int) -> None:
         """One optimizer step for each batch."""
         recipe = self.recipe
         weights = self._weights()
         self._net.train()
-        if min((len(batch) for batch in batches), default=0) == 1:
+        if batches.smallest == 1:
             # A single row has no variance: batch statistics would be undefined.
             for layer in self._net.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
