@@ -24,15 +24,26 @@ from fedistill.presets import METHODS
 PAGE = Path(__file__).with_name("settings.md")
 PART = re.compile(r"(<!-- generated: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+SITE = "site.toml"
 SHOWN_APART = {"loss", "distil", "optimizer", "schedule"}
 
 
 def sections() -> Iterator[tuple[str, type[Any]]]:
-    """The settings' tables by TOML name: "" for the top, then each section and its groups."""
-    pending: list[tuple[str, type[Any]]] = [("", config.Settings)]
+    """The tables of both kinds of settings file by title: "" for a top, then [name] of the rest.
+
+    First those of an experiment; then those of a real site's own file, whose titles begin with the
+    name of that file.
+    """
+    yield from tables("", config.Settings)
+    yield from tables(SITE, config.SiteSettings)
+
+
+def tables(file: str, root: type[Any]) -> Iterator[tuple[str, type[Any]]]:
+    """The tables of one kind of file, each title behind the name of the file."""
+    pending: list[tuple[str, type[Any]]] = [("", root)]
     while pending:
         name, kind = pending.pop(0)
-        yield name, kind
+        yield f"{file} [{name}]".strip() if name else file, kind
         pending += [
             (f"{name}.{item.name}".lstrip("."), inner)
             for item in dataclasses.fields(kind)
@@ -141,7 +152,7 @@ def command_text(name: str) -> str:
     rows = [
         [
             "`" + ", ".join([*item.opts]) + ("" if item.is_flag else f" {metavar(item)}") + "`",
-            (item.help or "").rstrip("."),
+            (item.help or "").rstrip(".") + silent(item),
         ]
         for item in command.params
         if item.param_type_name == "option"
@@ -150,14 +161,24 @@ def command_text(name: str) -> str:
     return f"```text\n{usage}\n```\n\n{command.help}\n\n{table}"
 
 
+def silent(item: Any) -> str:
+    """What holds where an option is not given, if there is more to say than nothing."""
+    if item.required:
+        return "; must be given"
+    return "" if item.is_flag or item.default is None else f"; by default `{item.default}`"
+
+
 def metavar(item: Any) -> str:
     """What stands for an option's value."""
     return item.metavar or {"integer": "N", "path": "PATH"}.get(item.type.name, "TEXT")
 
 
-def commands() -> Mapping[str, Any]:
-    """The commands of the program by name."""
-    found: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+def commands() -> dict[str, Any]:
+    """The commands of the program by name, those of a group by two: ``deploy init``."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": one for sub, one in inner.items()} if inner else {name: command}
     return found
 
 
@@ -172,8 +193,8 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 def parts() -> dict[str, Callable[[], str]]:
     """What can be generated, by name."""
     found: dict[str, Callable[[], str]] = {
-        f"[{name}]" if name else "top": lambda kind=kind: settings_table(kind)  # type: ignore[misc]
-        for name, kind in sections()
+        title or "top": lambda kind=kind: settings_table(kind)  # type: ignore[misc]
+        for title, kind in sections()
     }
     found |= {kind: lambda kind=kind: names_table(kind) for kind in catalog.TABLES}  # type: ignore[misc]
     found |= {name: lambda name=name: command_text(name) for name in commands()}  # type: ignore[misc]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedistill import data, losses, metrics, models, testing
-    from fedistill.client import Client
+    from fedistill.client import Client, Member, Site
     from fedistill.config import Settings
+    from fedistill.deployment import open_site
     from fedistill.distill.learner import Learner
     from fedistill.distill.recipe import Recipe
     from fedistill.errors import FedistillError
@@ -29,12 +30,15 @@ _HOMES = {
     "Federation": "fedistill.federation",
     "FedistillError": "fedistill.errors",
     "Learner": "fedistill.distill.learner",
+    "Member": "fedistill.client",
     "Method": "fedistill.presets",
     "ProxySet": "fedistill.types",
     "Recipe": "fedistill.distill.recipe",
     "Rows": "fedistill.types",
     "Settings": "fedistill.config",
+    "Site": "fedistill.client",
     "method": "fedistill.presets",
+    "open_site": "fedistill.deployment",
     "run": "fedistill.experiment",
 }
 _MODULES = ("data", "losses", "metrics", "models", "testing")
@@ -45,16 +49,19 @@ __all__ = [
     "Federation",
     "FedistillError",
     "Learner",
+    "Member",
     "Method",
     "ProxySet",
     "Recipe",
     "Rows",
     "Settings",
+    "Site",
     "data",
     "losses",
     "method",
     "metrics",
     "models",
+    "open_site",
     "run",
     "testing",
 ]

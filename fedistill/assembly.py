@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedistill import config, models
-from fedistill.client import Client
+from fedistill.client import Client, Member
 from fedistill.config import Settings, TrainSettings
 from fedistill.data import Federated
 from fedistill.distill.recipe import Recipe
@@ -36,18 +36,11 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
     training = training_of(settings, federated)
     student = student_factory(settings, shape, classes)
-    clients = [
+    clients: list[Client | Member] = [Member(name) for name in settings.deployment.sites]
+    clients += [
         Client(
             name,
-            student
-            if chosen.exchange == "rows"
-            else models.factory(
-                training[name].model,
-                shape,
-                classes,
-                width=training[name].width,
-                depth=training[name].depth,
-            ),
+            student if chosen.exchange == "rows" else model_factory(training[name], shape, classes),
             part,
             federated.tests.get(name),
             recipe(training[name]),
@@ -68,6 +61,15 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         student_options=student_options(settings),
         device=settings.backend.device,
         limit=int(settings.backend.max_message_mb * (1 << 20)),
+    )
+
+
+def model_factory(
+    training: TrainSettings, shape: tuple[int, ...], classes: int
+) -> Callable[[], Any]:
+    """The factory of a client's model."""
+    return models.factory(
+        training.model, shape, classes, width=training.width, depth=training.depth
     )
 
 

@@ -86,6 +86,7 @@ class FedAvgServer(Server):
             classes=fingerprint_classes(self.classes),
             weights=flat_weights(self._student()).tobytes(),
             clients=self._participants(number, attempt),
+            quorum=self.quorum,
         )
 
     def _expected_shape(self, plan: Plan, *, teaches: bool) -> tuple[int, int]:

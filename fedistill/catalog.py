@@ -35,6 +35,7 @@ MODELS: Mapping[str, str] = {
 
 BACKENDS: Mapping[str, str] = {
     "serial": "one client after another in this process: the reference semantics",
+    "flower": "Flower: real sites behind a SuperLink, or else its simulation engine (on Ray)",
 }
 
 MECHANISMS: Mapping[str, str] = {

@@ -76,10 +76,16 @@ def run(
     changes += [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = config.load(file, changes)
 
-    from fedistill import experiment
     from fedistill.report import RoundTable
 
-    summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=RoundTable)
+    if settings.backend.name == "flower":
+        from fedistill.flower import launch
+
+        summary = launch.run(settings, file, out=out, resume=resume, show=RoundTable)
+    else:
+        from fedistill import experiment
+
+        summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=RoundTable)
     folder = Path(summary["folder"])
     for note in summary.get("notes", [])[:MOST_NOTES]:
         typer.echo(f"note: {note}")
@@ -92,13 +98,26 @@ def check(file: File, overrides: Overrides = None) -> None:
 
     All problems at once; clients, rows and bytes per round against FedAvg. Trains nothing.
     """
+    import contextlib
+
     from fedistill import config
 
-    settings = config.load(file, overrides or [])
+    text = config.read_text(file)
+    if config.speaks_of_a_site(text):
+        config.parse_site(text, source=str(file))
+        from fedistill.plan import describe_site
+
+        for line in describe_site(file.parent):
+            typer.echo(line)
+        return
+    settings = config.parse(text, overrides or [], source=str(file))
     from fedistill.plan import describe  # imports torch, which a wrong file need not wait for
 
-    for line in describe(settings):
-        typer.echo(line)
+    # The paths of a deployment start from its own folder, those of an experiment from here.
+    place = file.parent if settings.deployment.sites else Path()
+    with contextlib.chdir(place):
+        for line in describe(settings):
+            typer.echo(line)
 
 
 @app.command("list")
@@ -159,6 +178,86 @@ def new(
 
     write_starter(file, example)
     typer.echo(f"{file}: edit it, then `fedistill check {file}` and `fedistill run {file}`")
+
+
+@app.command()
+def status(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a site's own folder.")],
+    serve: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Serve a page and /health; :PORT: this machine."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Print it anew until the end.")] = False,
+) -> None:
+    """Show how a run stands, or a site: rounds, sites, bytes.
+
+    Works while the run is on and after it was killed, from what the folder holds.
+    """
+    import json
+
+    from fedistill import status as shown
+
+    if sum([serve is not None, as_json, watch]) > 1:
+        raise typer.BadParameter("expected one of --serve, --json and --watch, found several")
+    if serve is not None:
+        host, port = shown.address(serve)
+        shown.serve(folder, host, port, ready=lambda url: typer.echo(f"status page: {url}"))
+    elif as_json:
+        typer.echo(json.dumps(shown.facts(shown.read_status(folder)), indent=2))
+    elif watch:
+        shown.watch(folder, lambda found: typer.echo("\n".join([*shown.lines(found), ""])))
+    else:
+        typer.echo("\n".join(shown.lines(shown.read_status(folder))))
+
+
+deploy = typer.Typer(
+    no_args_is_help=True, help="Set up real sites, and rehearse them.", rich_markup_mode=None
+)
+app.add_typer(deploy, name="deploy")
+
+
+@deploy.command("init")
+def deploy_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    sites: Annotated[str, typer.Option(help="Ids of the sites, with commas between.")],
+    settings: Annotated[
+        Path | None, typer.Option(help="Settings file; default: an example on digits.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Name by which sites reach the coordinator.")
+    ] = "localhost",
+    port: Annotated[int, typer.Option(help="Port for that.")] = 8443,
+) -> None:
+    """Write a folder for the coordinator and one for every site.
+
+    Certificates, node keys, settings, start scripts and a README for each administrator.
+    """
+    from fedistill import config
+
+    chosen = config.load(settings) if settings else None
+    names = [name.strip() for name in sites.split(",") if name.strip()]
+    from fedistill.flower.founding import found
+
+    found(folder, names, chosen, host=host, port=port)
+    typer.echo(f"{folder}: read {folder / 'README.md'}, then `fedistill deploy trial {folder}`")
+
+
+@deploy.command("trial")
+def deploy_trial(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What deploy init wrote.")],
+    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+) -> None:
+    """Rehearse a deployment on this machine.
+
+    Starts all parties on loopback with TLS and node keys, runs the federation, and stops what it
+    started.
+    """
+    from fedistill.flower.trial import trial
+    from fedistill.report import RoundTable
+
+    summary = trial(folder, rounds=rounds, show=RoundTable, say=typer.echo)
+    typer.echo(f"report: {Path(summary['folder']) / 'report.html'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> Any:

@@ -18,13 +18,16 @@ import numpy as np
 from fedistill import store
 from fedistill.aggregate.rules import softmax, wants
 from fedistill.data.overlap import overlap
+from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import CheckpointError, DataError, Rejected, RunError
+from fedistill.models import pick_device
 from fedistill.presets import Method
 from fedistill.seeding import derive
-from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, fingerprint_classes
+from fedistill.settings import CLIENT_ID, CLIENT_ID_WORDS
+from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, State, fingerprint_classes
 from fedistill.wire import codec as codecs
 from fedistill.wire.messages import Plan, Upload, bucket, seen_mask
 
@@ -51,11 +54,34 @@ class Client:
     training: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", self.id):
-            raise DataError(
-                "a client id must be 1 to 64 letters, digits, '.', '_' or '-', "
-                f"found {self.id[:64]!r}: rename the client"
-            )
+        check_id(self.id)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A participant whose rows are elsewhere: a real site, as the coordinator knows it.
+
+    Attributes:
+        id: as :attr:`Client.id`.
+        rows: agreed number of its rows, rounded to a power of two; None: what its first upload
+            declares.
+    """
+
+    id: str
+    rows: int | None = None
+
+    def __post_init__(self) -> None:
+        check_id(self.id)
+
+
+def check_id(name: str) -> None:
+    """Refuse an id that could not be the name of a folder.
+
+    Raises:
+        DataError: with what is allowed.
+    """
+    if not re.fullmatch(CLIENT_ID, name):
+        raise DataError(f"{CLIENT_ID_WORDS}, found {name[:64]!r}: rename the client")
 
 
 class Site:
@@ -86,14 +112,45 @@ class Site:
         self.method = method
         self.seed = seed
         self.path: Path | None = None
+        self.runs: Path | None = None
+        self.untaught: State = {}
+        self._begin()
+        self.notes = list(_observations(client, proxy, len(classes)))
+
+    def _begin(self) -> None:
+        """As before the first round."""
         self.clipped = 0
         self.run = ""
         self.round = 0
         self.upload = b""
         self.refusal: Rejected | None = None
-        self.targets = np.zeros((len(proxy), len(classes)), dtype=np.float32)
-        self.stamp = np.zeros(len(proxy), dtype=np.int64)
-        self.notes = list(_observations(client, proxy, len(classes)))
+        self.targets = np.zeros((len(self.proxy), len(self.classes)), dtype=np.float32)
+        self.stamp = np.zeros(len(self.proxy), dtype=np.int64)
+
+    @classmethod
+    def open(
+        cls,
+        client: Client,
+        proxy: ProxySet,
+        classes: tuple[str, ...],
+        method: Method,
+        *,
+        seed: int,
+        device: str = "cpu",
+    ) -> Site:
+        """The site of a client, with its learner as a federation of this seed builds it.
+
+        Args:
+            client: who.
+            proxy: the public rows.
+            classes: names of the classes, in order.
+            method: what is exchanged and how.
+            seed: of the experiment.
+            device: ``cpu``, ``cuda`` or ``auto``.
+        """
+        recipe = method.client_recipe(client.training)
+        learner = new_student(client.build, recipe, proxy, len(classes), seed, device)
+        return cls(client, learner, proxy, classes, method, seed)
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -234,6 +291,34 @@ class Site:
         if self.path is not None:
             store.probe(self.path.parent)
 
+    def keep_runs_in(self, folder: Path) -> None:
+        """Keep a state for every run under ``folder/RUN``: a real site outlives a run.
+
+        A run that the site has not met starts with the student as it was built.
+        """
+        self.runs, self.untaught = folder, self.learner.state_dict()
+        store.probe(folder)
+
+    def recall(self, plan: Plan) -> str | None:
+        """Go on from the state on disk, where another process may have done the last step.
+
+        Returns:
+            A note if an older generation of the state had to be used.
+
+        Raises:
+            Rejected: the name of the run cannot be that of a folder.
+            CheckpointError: as :meth:`restore`.
+        """
+        if self.runs is not None:
+            if not re.fullmatch(CLIENT_ID, plan.run):
+                raise Rejected("run", "the name of the run cannot be that of a folder")
+            if self.run not in {"", plan.run}:
+                self.learner.load_state_dict(self.untaught, self.client.data)
+                self._begin()
+            self.path = self.runs / plan.run / "state"
+            store.probe(self.path.parent)
+        return self.restore(plan.run, plan.round)
+
     def save(self) -> None:
         """Write learner, soft targets and the stored answer in one file, whole or not at all."""
         if self.path is None:
@@ -292,6 +377,26 @@ class Site:
         self.clipped = int(meta["clipped"])
         self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
         return f"{self.client.id}: {note}" if note else None
+
+
+def new_student(
+    build: Callable[[], Any],
+    recipe: Recipe,
+    proxy: ProxySet,
+    classes: int,
+    seed: int,
+    device: str = "cpu",
+) -> Learner:
+    """An untaught learner from a factory; of one architecture all start from the same weights."""
+    return build_learner(
+        build,
+        recipe,
+        classes=classes,
+        seed=derive(seed, "weights"),
+        example=proxy.inputs[:2],
+        device=pick_device(device),
+        background=proxy.inputs if recipe.familiarity else None,
+    )
 
 
 def _floats(values: FloatArray, shape: tuple[int, ...]) -> FloatArray:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -20,15 +21,19 @@ from typing import Any
 from fedistill import catalog
 from fedistill.errors import Problem, SettingsError, did_you_mean
 from fedistill.settings import (
+    CLIENT_ID,
+    CLIENT_ID_WORDS,
     BackendSettings,
     ClientsSettings,
     DataSettings,
+    DeploymentSettings,
     EvaluationSettings,
     GroupSettings,
     MethodSettings,
     PrivacySettings,
     ProxySettings,
     Settings,
+    SiteSettings,
     StudentSettings,
     TrainSettings,
 )
@@ -37,17 +42,24 @@ __all__ = [
     "BackendSettings",
     "ClientsSettings",
     "DataSettings",
+    "DeploymentSettings",
     "EvaluationSettings",
     "GroupSettings",
     "MethodSettings",
     "PrivacySettings",
     "ProxySettings",
     "Settings",
+    "SiteSettings",
     "StudentSettings",
     "TrainSettings",
     "client_settings",
+    "comment",
     "load",
+    "load_site",
     "parse",
+    "parse_site",
+    "read_text",
+    "speaks_of_a_site",
     "to_toml",
 ]
 
@@ -59,20 +71,57 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         SettingsError: unreadable file, TOML that does not parse, unknown keys, wrong types,
             impossible values; each problem with its line and the nearest known key.
     """
-    source = Path(path)
+    return parse(read_text(path), overrides, source=str(path))
+
+
+def load_site(path: str | Path) -> SiteSettings:
+    """As :func:`load`, for the file of one real site."""
+    return parse_site(read_text(path), source=str(path))
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a settings file.
+
+    Raises:
+        SettingsError: no such file, or no UTF-8 text.
+    """
     try:
-        text = source.read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         hint = "expected a settings file, found none: fedistill new FILE.toml writes one"
         raise SettingsError([Problem(str(path), hint)]) from None
     except (OSError, UnicodeDecodeError) as error:
         hint = f"expected a readable UTF-8 text file ({type(error).__name__})"
         raise SettingsError([Problem(str(path), hint)]) from None
-    return parse(text, overrides, source=str(path))
+
+
+def speaks_of_a_site(text: str) -> bool:
+    """Whether this is the file of one real site, and not of an experiment."""
+    return re.match(r"(\s*(#.*)?\n)*\s*(id|federation)\s*=", text) is not None
 
 
 def parse(text: str, overrides: Sequence[str] = (), source: str = "") -> Settings:
     """As :func:`load`, from the text of the file."""
+    settings = _judge(Settings, contradictions, text, overrides, source)
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def parse_site(text: str, source: str = "") -> SiteSettings:
+    """As :func:`load_site`, from the text of the file."""
+    settings = _judge(SiteSettings, _site_contradictions, text, (), source)
+    assert isinstance(settings, SiteSettings)
+    return settings
+
+
+def _judge(
+    kind: type[Any],
+    impossible: Callable[[Any, Mapping[Path_, int]], Iterator[Problem]],
+    text: str,
+    overrides: Sequence[str],
+    source: str,
+) -> Any:
+    """Read one kind of settings; all problems at once."""
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -83,15 +132,14 @@ def parse(text: str, overrides: Sequence[str] = (), source: str = "") -> Setting
     problems: list[Problem] = []
     for override in overrides:
         apply_override(raw, override, problems)
-    settings = read_table(Settings, raw, (), lines, problems)
+    settings = read_table(kind, raw, (), lines, problems)
     if settings is not None:
-        problems.extend(contradictions(settings, lines))
+        problems.extend(impossible(settings, lines))
     if problems:
         given = {override.partition("=")[0].strip() for override in overrides}
         problems = [Problem(p.key, p.text) if p.key in given else p for p in problems]
         problems.sort(key=lambda problem: problem.line or 0)
         raise SettingsError(problems, source)
-    assert isinstance(settings, Settings)
     return settings
 
 
@@ -289,6 +337,11 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
                 f"the counts of the groups add up to {grouped}, "
                 f"expected at most clients.count ({clients.count})",
             )
+        if clients.names and len(clients.names) != clients.count:
+            yield problem(
+                "clients.names",
+                f"expected clients.count ({clients.count}) names, found {len(clients.names)}",
+            )
     for number, group in enumerate(clients.group):
         if bool(group.count) == bool(group.sites):
             yield Problem(
@@ -301,6 +354,8 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
         yield problem(
             "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
         )
+    if not settings.data.test_rows and not settings.deployment.sites:
+        yield problem("data.test_rows", "expected a number above 0, found 0")
     for key, amount in (
         ("data.test_rows", settings.data.test_rows),
         ("clients.labelled", clients.labelled),
@@ -329,6 +384,63 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
             "backend.device", f'expected auto, cpu or cuda, found "{settings.backend.device}"'
         )
 
+    yield from _deployment_contradictions(settings, problem)
+
+
+def _deployment_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What a federation of real sites needs, where one is described."""
+    deployment = settings.deployment
+    if not deployment.sites:
+        return
+    if settings.backend.name != "flower":
+        yield problem(
+            "backend.name",
+            f'real sites (deployment.sites) are reached by "flower", found '
+            f'"{settings.backend.name}"',
+        )
+    for name in deployment.sites:
+        if not re.fullmatch(CLIENT_ID, name):
+            yield problem("deployment.sites", f"{CLIENT_ID_WORDS}, found {name[:64]!r}")
+    if len(set(deployment.sites)) < len(deployment.sites):
+        yield problem("deployment.sites", "expected ids that differ, found one twice")
+    if len(deployment.classes) < 2:
+        yield problem("deployment.classes", "expected the names of two classes or more")
+    if not settings.proxy.path:
+        yield problem("proxy.path", "real sites need a file of proxy rows, found none")
+    if settings.clients.quorum > len(deployment.sites):
+        yield problem(
+            "clients.quorum",
+            f"expected at most the number of sites ({len(deployment.sites)}), found "
+            f"{settings.clients.quorum}",
+        )
+    if settings.clients.group:
+        yield problem(
+            "clients.group", "a real site names its own model in its site.toml: found groups here"
+        )
+    if settings.evaluation.baselines or settings.evaluation.leave_one_out:
+        yield problem(
+            "evaluation.baselines",
+            "real sites cannot be compared with baselines, which need all rows in one place",
+        )
+    if settings.method.preset in {"local", "centralised", "fedavg"}:
+        yield problem(
+            "method.preset",
+            f'real sites share predictions only, found the baseline "{settings.method.preset}"',
+        )
+
+
+def _site_contradictions(settings: SiteSettings, lines: Mapping[Path_, int]) -> Iterator[Problem]:
+    if not re.fullmatch(CLIENT_ID, settings.id):
+        text = f"{CLIENT_ID_WORDS}, found {settings.id[:64]!r}"
+        yield Problem("id", text, lines.get(("id",)))
+    kind = settings.data.source.partition(":")[0]
+    if kind and kind not in catalog.known("sources"):
+        hint = did_you_mean(kind, catalog.known("sources"))
+        text = f'unknown source "{kind}"{hint}'
+        yield Problem("data.source", text, lines.get(("data", "source")))
+
 
 def dotted(path: Path_) -> str:
     """``("clients", "group", 0, "lr")`` as ``clients.group.0.lr``."""
@@ -338,7 +450,7 @@ def dotted(path: Path_) -> str:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def to_toml(settings: Settings, comment: Callable[[str], str] | None = None) -> str:
+def to_toml(settings: Settings | SiteSettings, comment: Callable[[str], str] | None = None) -> str:
     """The settings as TOML that reads back to an equal object.
 
     Args:
@@ -376,6 +488,11 @@ def write_table(
             if comment:
                 lines.append(comment((type(value).__doc__ or "").split("\n")[0]))
             write_table(value, here, lines, comment)
+
+
+def comment(doc: str) -> str:
+    """A field's documentation as comment lines."""
+    return "\n".join(textwrap.wrap(doc, 96, initial_indent="# ", subsequent_indent="#   "))
 
 
 def _with_choices(item: dataclasses.Field[Any]) -> str:

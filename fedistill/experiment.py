@@ -10,52 +10,35 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
-from fedistill import config, data, models, store
+from fedistill import config, data, deployment, models, store
 from fedistill.assembly import assemble, method_of, model_names
+from fedistill.backends import Backend
+from fedistill.backends.serial import Serial
+from fedistill.client import Site
 from fedistill.config import MethodSettings, Settings
 from fedistill.data import Federated
 from fedistill.errors import CheckpointError, DataError, QuorumError, RunError, SettingsError
 from fedistill.federation import Federation
+from fedistill.log import event, events_to
 from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.report import write_report
+from fedistill.runs import EVENTS, Show, Summary, default_folder, guard, silent
 from fedistill.sites import average, cross_figures, site_table
 
-Summary = dict[str, Any]
+Engine = Callable[[Path], Callable[[Mapping[str, Site]], Backend]]
+"""From the run folder of a federation to what runs its clients."""
 
 
-class Watch(Protocol):
-    """Something that shows a run while it goes on."""
-
-    def add(self, row: Mapping[str, Any]) -> None:
-        """A round is done."""
-
-    def advance(self, label: str, done: int, total: int) -> None:
-        """Something within a round is done."""
-
-
-class _Silent:
-    def add(self, row: Mapping[str, Any]) -> None:
-        del row
-
-    def advance(self, label: str, done: int, total: int) -> None:
-        del label, done, total
-
-
-Show = Callable[[str, int], AbstractContextManager[Watch]]
-
-
-def silent(title: str, rounds: int) -> AbstractContextManager[Watch]:
-    """Show nothing."""
-    del title, rounds
-    return contextlib.nullcontext(_Silent())
+def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+    """One client after another, in this process."""
+    del folder
+    return Serial
 
 
 def run(
@@ -66,6 +49,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     show: Show = silent,
+    engine: Engine = serial,
 ) -> Summary:
     """Run an experiment and write its run folder.
 
@@ -75,6 +59,7 @@ def run(
         name: what to call it; empty: the name of the file.
         out: the run folder; None: ``runs/NAME``, numbered if it is taken.
         resume: go on from what the folder holds.
+        engine: what runs the clients.
         show: called with a title and a number of rounds, returns what shows them.
 
     Returns:
@@ -99,44 +84,14 @@ def run(
         try:
             several = settings.evaluation.repeats > 1
             go = run_repeats if several else run_seed
-            summary = go(settings, folder, name, resume=resume, show=show)
+            summary = go(settings, folder, name, resume=resume, show=show, engine=engine)
         except (DataError, SettingsError):
             if fresh:  # nothing was run: the name stays free for the next try
                 store.remove(folder / "config.toml")
+                store.remove(folder / EVENTS)
             raise
         write_report(folder)
     return summary | {"folder": str(folder)}
-
-
-def guard(folder: Path, *, resume: bool) -> None:
-    """Refuse to write over a run, or into a folder of other things.
-
-    Raises:
-        RunError: the folder holds a run and ``resume`` is not set, or holds something else.
-    """
-    if not folder.is_dir():
-        return
-    a_run = (folder / "config.toml").exists()
-    if a_run and not resume:
-        raise RunError(
-            f"{folder} holds a run already: add --resume to go on with it, or choose another "
-            "folder with --out"
-        )
-    if not a_run and {entry.name for entry in folder.iterdir()} - {".lock"}:
-        raise RunError(
-            f"{folder} is not empty and holds no run: choose a folder of its own with --out"
-        )
-
-
-def default_folder(name: str, *, resume: bool) -> Path:
-    """``runs/NAME``; the next free ``runs/NAME-2`` ... for a new run, the newest for a resumed."""
-    base, number = Path("runs") / name, 1
-    taken: Path | None = None
-    while True:
-        folder = base if number == 1 else base.with_name(f"{name}-{number}")
-        if not (folder / "config.toml").exists():
-            return taken if resume and taken else folder
-        taken, number = folder, number + 1
 
 
 def remember(settings: Settings, folder: Path, *, resume: bool) -> None:
@@ -162,7 +117,7 @@ def remember(settings: Settings, folder: Path, *, resume: bool) -> None:
 
 
 def run_repeats(
-    settings: Settings, folder: Path, name: str, *, resume: bool, show: Show
+    settings: Settings, folder: Path, name: str, *, resume: bool, show: Show, engine: Engine
 ) -> Summary:
     """The same experiment over several seeds; figures are means, with their deviations."""
     summaries, histories = [], []
@@ -173,7 +128,8 @@ def run_repeats(
             evaluation=dataclasses.replace(settings.evaluation, repeats=1),
         )
         home = folder / f"seed-{seed}"
-        summaries.append(run_seed(once, home, f"{name}, seed {seed}", resume=resume, show=show))
+        title = f"{name}, seed {seed}"
+        summaries.append(run_seed(once, home, title, resume=resume, show=show, engine=engine))
         histories.append(summaries[-1].pop("history"))
     summary = average(summaries) | {
         "name": name,
@@ -188,11 +144,19 @@ def run_repeats(
     return summary
 
 
-def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show: Show) -> Summary:
-    """One seed: the federation, its baselines, and the federations without one client each."""
-    federated = data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+def run_seed(
+    settings: Settings, folder: Path, name: str, *, resume: bool, show: Show, engine: Engine
+) -> Summary:
+    """One seed: the federation, its baselines, and the federations without one client each.
+
+    The engine runs the federation. What it is compared with runs here, one client after another:
+    that gives the same figures, and needs no folder that others can rebuild it from.
+    """
+    federated = rows_of(settings)
     chosen = method_of(settings)
-    summary = run_one(settings, federated, chosen, folder, name, resume=resume, show=show)
+    summary = run_one(
+        settings, federated, chosen, folder, name, resume=resume, show=show, engine=engine
+    )
     others: dict[str, Summary] = {}
     for baseline in settings.evaluation.baselines:
         home = folder / "baselines" / baseline
@@ -219,6 +183,13 @@ def run_seed(settings: Settings, folder: Path, name: str, *, resume: bool, show:
     return summary
 
 
+def rows_of(settings: Settings) -> Federated:
+    """Everybody's rows in a simulation; in a federation of real sites, the public ones."""
+    if settings.deployment.sites:
+        return deployment.coordinated(settings)
+    return data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+
+
 def without(site: str, federated: Federated, settings: Settings) -> Federated:
     """The same rows without one site's: neither its private rows nor its proxy rows are used.
 
@@ -243,6 +214,7 @@ def run_one(
     *,
     resume: bool,
     show: Show,
+    engine: Engine = serial,
 ) -> Summary:
     """One federation from its first (or next) round to its last."""
     federation = assemble(settings, federated, chosen)
@@ -254,13 +226,14 @@ def run_one(
         store.write_atomic(folder / "config.toml", config.to_toml(own).encode())
     status = "interrupted"
     try:
-        with show(name, settings.rounds) as watch:
+        with events_to(folder / EVENTS), telling(federation), show(name, settings.rounds) as watch:
             rows = federation.run(
                 settings.rounds,
                 federated.dataset.test,
                 out=folder,
                 resume=resume,
                 measure_every=settings.evaluation.every,
+                backend=engine(folder),
                 progress=watch.advance,
                 threads=settings.backend.threads,
             )
@@ -283,6 +256,21 @@ def run_one(
                 folder / "summary.json", {k: v for k, v in summary.items() if k != "history"}
             )
     return summary
+
+
+@contextlib.contextmanager
+def telling(federation: Federation) -> Iterator[None]:
+    """Log how a run broke off, if it does."""
+    try:
+        yield
+    except BaseException as error:
+        here = {"run": federation.server.run, "round": federation.server.round}
+        if isinstance(error, KeyboardInterrupt):
+            event("run_interrupted", **here)
+        else:
+            reason = "quorum" if isinstance(error, QuorumError) else type(error).__name__
+            event("run_failed", **here, reason=reason)
+        raise
 
 
 def summarise(

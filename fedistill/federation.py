@@ -18,18 +18,17 @@ import numpy as np
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.baselines import FedAvgServer, FedAvgSite
-from fedistill.client import Client, Site
-from fedistill.distill.build import build_learner
+from fedistill.client import Client, Member, Site, new_student
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, QuorumError
 from fedistill.evaluate import measure_clients, measure_student
 from fedistill.journal import Journal
+from fedistill.log import event
 from fedistill.models import parameter_count, pick_device
 from fedistill.models import threads as computing
 from fedistill.presets import Method
 from fedistill.presets import method as preset
-from fedistill.seeding import derive
 from fedistill.server import Combined, Server
 from fedistill.tally import Tally
 from fedistill.types import ProxySet, Rows
@@ -48,7 +47,7 @@ class Federation:
     """Clients that teach one another through predictions on a proxy set.
 
     Args:
-        clients: who takes part.
+        clients: who takes part; a :class:`Member` is reached by the backend alone.
         proxy: the public rows.
         student: factory of the server's student, or None for none.
         method: a :class:`Method`, or the name of a preset.
@@ -68,7 +67,7 @@ class Federation:
 
     def __init__(
         self,
-        clients: Sequence[Client],
+        clients: Sequence[Client | Member],
         proxy: ProxySet,
         student: Callable[[], Any] | None = None,
         method: Method | str = "fedistill",
@@ -84,18 +83,22 @@ class Federation:
         limit: int = 64 << 20,
     ) -> None:
         self.method = preset(method) if isinstance(method, str) else method
-        self.clients = _pooled(clients) if self.method.exchange == "rows" else list(clients)
+        self.members: Sequence[Client | Member] = list(clients)
+        self.clients = [client for client in clients if isinstance(client, Client)]
+        if self.method.exchange == "rows":
+            self.members = self.clients = _pooled(self.clients)
         self.proxy = proxy if isinstance(proxy, ProxySet) else ProxySet(np.asarray(proxy))
         self.classes = tuple(classes) if classes else _class_names(self.clients)
         self.seed = seed
-        self.device = pick_device(device)
+        self.device = str(pick_device(device))
         self.history: list[Row] = []
         self.notes: list[str] = []
         self.sites: dict[str, Site] = {}
+        _check_members(self.members, self.method.exchange)
         _check_clients(self.clients, len(self.classes), self.proxy)
 
         exchange = self.method.exchange
-        base = training or self.clients[0].training
+        base = training or (self.clients[0].training if self.clients else Recipe())
         learner = None
         if student is not None and exchange in {"predictions", "weights"}:
             recipe = self.method.student_recipe(base, **(student_options or {}))
@@ -106,7 +109,7 @@ class Federation:
             self.classes,
             learner,
             self.method,
-            {client.id: _declared(client, exchange) for client in self.clients},
+            {member.id: _declared(member, exchange) for member in self.members},
             seed=seed,
             per_round=per_round,
             participation=participation,
@@ -150,6 +153,7 @@ class Federation:
         with journal, computing(threads):
             self._begin(journal, resume)
             asked = backend(self.sites)
+            self._announce(rounds)
             for number in range(self.server.round + 1, rounds + 1):
                 started = time.monotonic()
                 plan, tally, combined = self._exchange(asked, number, progress)
@@ -160,7 +164,28 @@ class Federation:
                 row["seconds"] = round(time.monotonic() - started, 3)
                 self.history.append(row)
                 journal.save(self.server, self.history)
+                told = ("bytes_up", "bytes_down", "seconds")
+                event(
+                    "round_done",
+                    run=plan.run,
+                    round=number,
+                    answered=row["clients_ok"],
+                    accuracy=row["student_accuracy"],
+                    **{key: row[key] for key in told},
+                )
                 yield row
+            event("run_done", run=self.server.run, round=self.server.round)
+
+    def _announce(self, rounds: int) -> None:
+        """Tell the log that the run begins, or goes on."""
+        event(
+            "run_resumed" if self.server.round else "run_started",
+            run=self.server.run,
+            round=self.server.round,
+            rounds=rounds,
+            sites=[member.id for member in self.members],
+            method=self.method.name,
+        )
 
     def _exchange(
         self, backend: Backend, number: int, progress: Progress
@@ -171,6 +196,13 @@ class Federation:
         for attempt in range(ATTEMPTS):
             plan = self.server.plan(number, attempt)
             tally = Tally(plan, travels=travels, before=tally)
+            event(
+                "round_started",
+                run=plan.run,
+                round=number,
+                attempt=attempt,
+                asked=list(plan.clients),
+            )
             for reply in backend.run(plan):
                 tally.take(reply, self.server)
                 progress("clients", tally.heard, len(plan.clients))
@@ -180,6 +212,14 @@ class Federation:
                 told = [f"{name}: {reason}" for name, reason in sorted(tally.dropped.items())]
                 reasons = ", ".join(told[:5]) or "no answer"
                 missed = QuorumError(f"{shortage} ({reasons})")
+                event(
+                    "quorum_missed",
+                    run=plan.run,
+                    round=number,
+                    attempt=attempt,
+                    answered=len(tally.answers),
+                    quorum=self.server.quorum,
+                )
                 time.sleep(PAUSE * 2**attempt)
                 continue
             self.server.close(plan, tally.seen)
@@ -229,32 +269,24 @@ class Federation:
 
     def _sites(self, folder: Path | None) -> dict[str, Site]:
         """Every client at work, with its state under ``folder``."""
-        kind = FedAvgSite if self.method.exchange == "weights" else Site
-        sites = {}
-        for client in self.clients:
-            recipe = self.method.client_recipe(client.training)
-            build = client.build
-            if self.method.exchange == "weights" and self._student_factory is not None:
-                build = self._student_factory
-            learner = self._learner(build, recipe)
-            sites[client.id] = kind(
-                client, learner, self.proxy, self.classes, self.method, self.seed
-            )
-            sites[client.id].keep_in(folder)
+        sites = {client.id: self.site(client, folder) for client in self.clients}
         self.notes = [note for site in sites.values() for note in site.notes]
         return sites
 
-    def _learner(self, build: Callable[[], Any], recipe: Recipe) -> Any:
-        return build_learner(
-            build,
-            recipe,
-            classes=len(self.classes),
-            # One seed for all: clients of one architecture start from the same weights.
-            seed=derive(self.seed, "weights"),
-            example=self.proxy.inputs[:2],
-            device=self.device,
-            background=self.proxy.inputs if recipe.familiarity else None,
+    def site(self, client: Client, folder: Path | None = None) -> Site:
+        """One client at work, untaught, with its state under ``folder``."""
+        kind = Site
+        if self.method.exchange == "weights":
+            kind = FedAvgSite
+            client = dataclasses.replace(client, build=self._student_factory or client.build)
+        site = kind.open(
+            client, self.proxy, self.classes, self.method, seed=self.seed, device=self.device
         )
+        site.keep_in(folder)
+        return site
+
+    def _learner(self, build: Callable[[], Any], recipe: Recipe) -> Any:
+        return new_student(build, recipe, self.proxy, len(self.classes), self.seed, self.device)
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -274,6 +306,8 @@ class Federation:
             journal.save(self.server, self.history)
             return
         journal.clear(self.sites)
+        # From here on the run has its name: killed in its first round, it goes on as the same.
+        journal.save(self.server, self.history)
         if resume:
             self.notes.append("nothing to resume: the run starts from its first round")
 
@@ -287,7 +321,10 @@ class Federation:
             "classes": ",".join(self.classes),
             "codec": self.method.codec,
             "clients": ",".join(
-                f"{client.id}:{bucket(len(client.data))}" for client in self.clients
+                f"{member.id}:{bucket(len(member.data))}"
+                if isinstance(member, Client)
+                else member.id
+                for member in self.members
             ),
         }
 
@@ -323,7 +360,7 @@ class Federation:
             "method_summary": self.method.summary,
             "rule": rule if isinstance(rule, str) else getattr(rule, "__name__", "own"),
             "codec": self.method.codec,
-            "clients": len(self.clients),
+            "clients": len(self.members),
             "classes": list(self.classes),
             "proxy_rows": len(self.proxy),
             "proxy_per_round": min(self.server.per_round, len(self.proxy)),
@@ -340,9 +377,11 @@ class Federation:
         }
 
 
-def _declared(client: Client, exchange: str) -> int:
+def _declared(member: Client | Member, exchange: str) -> int | None:
     """Rows a client declares: rounded to a power of two, but for FedAvg, which weighs by them."""
-    rows = len(client.data)
+    if isinstance(member, Member):
+        return None if member.rows is None else bucket(member.rows)
+    rows = len(member.data)
     return rows if exchange == "weights" else bucket(rows)
 
 
@@ -351,12 +390,20 @@ def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
     return tuple(str(label) for label in range(max(labels, default=0) + 1))
 
 
-def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> None:
-    if not clients:
+def _check_members(members: Sequence[Client | Member], exchange: str) -> None:
+    if not members:
         raise DataError("a federation needs at least one client, found none")
-    ids = [client.id for client in clients]
+    ids = [member.id for member in members]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
+    if exchange != "predictions" and any(isinstance(member, Member) for member in members):
+        raise DataError(
+            f"real sites (Member) share predictions only, found a method that exchanges {exchange}:"
+            " choose another method"
+        )
+
+
+def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> None:
     for client in clients:
         labels, inputs = client.data.labels, client.data.inputs
         if len(inputs) and inputs.shape[1:] != proxy.inputs.shape[1:]:

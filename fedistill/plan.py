@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from fedistill import config, data
+from fedistill import config, deployment
 from fedistill.aggregate.rules import wants
 from fedistill.assembly import assemble, method_of
 from fedistill.config import Settings
 from fedistill.data import Federated
+from fedistill.experiment import rows_of
 from fedistill.presets import Method
 from fedistill.wire.codec import expected_size
 
@@ -22,7 +24,10 @@ ENVELOPE = 450
 
 def describe(settings: Settings) -> Iterator[str]:
     """The plan of a run, a line each; reads the data, trains nothing."""
-    federated = data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+    if settings.deployment.classes and not settings.deployment.sites:
+        yield from _before_there_are_sites(settings)
+        return
+    federated = rows_of(settings)
     chosen = method_of(settings)
     federation = assemble(settings, federated, chosen)
     dataset = federated.dataset
@@ -30,7 +35,8 @@ def describe(settings: Settings) -> Iterator[str]:
     yield f"data      {dataset.name}: {len(dataset.classes)} classes, inputs " + "x".join(
         map(str, dataset.public.inputs.shape[1:])
     )
-    yield f"clients   {len(federated.parts)}, participation {settings.clients.participation:g}"
+    participants = len(federation.members)
+    yield f"clients   {participants}, participation {settings.clients.participation:g}"
     yield from (f"          {line}" for line in _clients(settings, federated))
     yield (
         f"proxy     {len(dataset.public)} rows, {asked} asked in a round, "
@@ -43,11 +49,49 @@ def describe(settings: Settings) -> Iterator[str]:
     yield "privacy   no differential privacy (projected epsilon: infinite)"
 
 
+def _before_there_are_sites(settings: Settings) -> Iterator[str]:
+    """What is agreed on before ``deploy init`` names the sites: the public rows."""
+    public = deployment.public_rows(settings)
+    shape = "x".join(map(str, public.proxy.inputs.shape[1:]))
+    yield f"data      {len(public.classes)} classes ({', '.join(public.classes)}), inputs {shape}"
+    yield f"proxy     {len(public.proxy)} rows, fingerprint {public.proxy.fingerprint[:12]}"
+    yield "sites     none named yet: fedistill deploy init DIR --sites a,b,c --settings THIS_FILE"
+
+
+def describe_site(folder: Path) -> Iterator[str]:
+    """What a real site will do: its rows, its model, what it shares; trains nothing."""
+    place = deployment.open_site(folder)
+    site, agreed = place.site, place.agreed
+    rows, classes = site.client.data, len(site.classes)
+    training = deployment.site_training(place.settings, agreed)
+    asked = min(agreed.proxy.per_round or len(site.proxy), len(site.proxy))
+    met = len(np.unique(rows.labels))
+    yield f"site      {place.settings.id} of {', '.join(agreed.deployment.sites)}"
+    yield f"rows      {len(rows):,} to learn from, {met} of {classes} classes; " + (
+        f"{len(site.client.test):,} kept for its own tests"
+        if site.client.test
+        else "none for tests"
+    )
+    yield f"model     {training.model}, {training.epochs} epochs in a round"
+    yield (
+        f"proxy     {len(site.proxy)} rows, as agreed (fingerprint {site.proxy.fingerprint[:12]}), "
+        f"{asked} asked in a round"
+    )
+    yield f"method    {site.method.name}: {site.method.summary}"
+    yield from (f"note      {note}" for note in site.notes)
+    familiar = "familiarity" in wants(site.method.bound_rule())
+    up = expected_size(site.method.codec, asked, classes, familiar) + ENVELOPE
+    yield f"leaves    at most {up:,} bytes a round: predictions on proxy rows, no row, no weight"
+    yield "privacy   no differential privacy (projected epsilon: infinite)"
+
+
 def _clients(settings: Settings, federated: Federated) -> Iterator[str]:
     """A line for each client: its rows, the classes among them, its model."""
     ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
     training = config.client_settings(settings.clients, ids)
-    width, classes = max(map(len, federated.parts)), len(federated.dataset.classes)
+    width = max(map(len, federated.parts), default=0)
+    classes = len(federated.dataset.classes)
+    yield from (f"{name}  a real site" for name in settings.deployment.sites[:MOST_CLIENTS])
     for name, rows in list(federated.parts.items())[:MOST_CLIENTS]:
         model = training[name]
         size = f" {model.width}" if model.model in {"mlp", "cnn"} else ""

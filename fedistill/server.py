@@ -68,7 +68,7 @@ class Server:
         classes: names of the classes, in order.
         student: the server's learner, or None.
         method: what is exchanged and how.
-        enrolled: client ids with the bucketed number of rows each declared.
+        enrolled: client ids with the bucketed number of rows each declared; None: not yet.
         seed: of the experiment.
         per_round: proxy rows asked in a round; 0 asks all.
         participation: share of the clients asked in a round.
@@ -85,7 +85,7 @@ class Server:
         classes: tuple[str, ...],
         student: Learner | None,
         method: Method,
-        enrolled: Mapping[str, int],
+        enrolled: Mapping[str, int | None],
         *,
         seed: int,
         per_round: int = 0,
@@ -134,6 +134,7 @@ class Server:
             classes=fingerprint_classes(self.classes),
             targets=self.targets,
             clients=self._participants(number, attempt),
+            quorum=self.quorum,
         )
 
     def _ask(self, number: int) -> RowSpec:
@@ -277,7 +278,7 @@ class Server:
 
     def _extras(self, teachers: Sequence[Answer]) -> dict[str, FloatArray]:
         """What a rule may ask for beside predictions and weights."""
-        sizes = [min(a.upload.size, self.enrolled[a.upload.client]) for a in teachers]
+        sizes = [self._rows_of(answer.upload) for answer in teachers]
         extras: dict[str, FloatArray] = {
             "seen": np.array([a.upload.seen_classes(len(self.classes)) for a in teachers]),
             "sizes": np.array(sizes, dtype=np.float64),
@@ -285,6 +286,13 @@ class Server:
         if "familiarity" in self._wanted():
             extras["familiarity"] = np.array([a.familiarity for a in teachers])
         return extras
+
+    def _rows_of(self, upload: Upload) -> int:
+        """The rows a client counts with: what it says now, and no more than it said at first."""
+        declared = self.enrolled[upload.client]
+        if declared is None:
+            self.enrolled[upload.client] = declared = upload.size
+        return min(upload.size, declared)
 
     def _publish(self, plan: Plan, targets: Probs) -> None:
         """Code the targets and keep what everybody will decode, so that all learn from the same."""
@@ -337,6 +345,7 @@ class Server:
             arrays |= {f"student.{k}": v for k, v in self.student.state_dict().items()}
         facts: dict[str, Any] = {"run": self.run, "round": self.round}
         facts["vigilance"] = self.vigilance.state_dict()
+        facts["enrolled"] = self.enrolled
         if self.targets is not None:
             told = self.targets
             arrays["targets"] = np.frombuffer(told.payload, dtype=np.uint8)
@@ -352,6 +361,7 @@ class Server:
         self.run, self.round = facts["run"], facts["round"]
         self.table, self.stamp = np.array(arrays["table"]), np.array(arrays["stamp"])
         self.vigilance.load_state_dict(facts["vigilance"])
+        self.enrolled |= facts.get("enrolled", {})
         if self.student is not None:
             saved = {k[8:]: v for k, v in arrays.items() if k.startswith("student.")}
             if isinstance(self.student, TorchStudent):

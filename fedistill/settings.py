@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
+CLIENT_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""Ids of clients, which are names of folders too."""
+CLIENT_ID_WORDS = "a client id must be 1 to 64 letters, digits, '.', '_' or '-'"
 SCALES = ("auto", "standard", "centred", "unit", "none")
 
 
@@ -49,7 +52,7 @@ class DataSettings:
     path: str = setting("", "data root for file sources; empty: $FEDISTILL_DATA, else .")
     test: str = setting("", "source of the test rows; empty: a share of the rows is held out")
     test_rows: int | float = setting(
-        0.2, "held-out test rows: a count, or a share of each site below 1", above=0
+        0.2, "held-out test rows: a count, or a share of each site below 1", low=0
     )
     label: str = setting("label", "csv, parquet: name or number (-1 is last) of the label column")
     header: bool = setting(True, "csv: the first line names the columns")
@@ -111,7 +114,7 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOverrides:
-    """As TrainSettings, where what is not set is decided elsewhere."""
+    """How a model is built and trained; what is not set here is decided elsewhere."""
 
     model: str | None = setting(None, "the kind of model", choices="models")
     width: int | None = setting(None, "hidden units, or channels of a cnn", low=1)
@@ -138,6 +141,7 @@ class ClientsSettings(TrainSettings):
     """Who takes part, which rows each holds, and how each trains."""
 
     count: int = setting(8, "clients; by column: as many as the column has values", low=1)
+    names: tuple[str, ...] = setting((), "ids of the clients in place of site-0, site-1 ...")
     partition: str = setting("dirichlet", "how rows are dealt to clients", choices="partitions")
     alpha: float = setting(0.3, "dirichlet: the smaller, the more unequal the classes", above=0)
     classes_per_client: int = setting(2, "shards: shards dealt to each client", low=1)
@@ -214,6 +218,26 @@ class BackendSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeploymentSettings:
+    """A federation of real sites; where no site is named, the run is a simulation.
+
+    Paths are relative to the folder of the settings file.
+    """
+
+    sites: tuple[str, ...] = setting((), "ids of the sites that take part")
+    classes: tuple[str, ...] = setting((), "names of the classes, in the order all agree on")
+    proxy_sha256: str = setting("", "fingerprint of the proxy rows; every site must find the same")
+    deadline: float = setting(600.0, "seconds that a site has to answer a round", above=0)
+    grace: float = setting(
+        15.0, "seconds that an offline site is waited for once all others have answered", low=0
+    )
+    superlink: str = setting("127.0.0.1:9091", "host:port at which the coordinator starts runs")
+    ca: str = setting("ca.crt", "certificate of the authority that signed the SuperLink's")
+    keys: str = setting("sites", "folder of the sites' public keys, ID.pub")
+    app: str = setting("app", "folder of the Flower app; where there is none, it is made up")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """What the run is measured against; all of it lands in the report's per-site table."""
 
@@ -239,3 +263,46 @@ class Settings:
     privacy: PrivacySettings = setting(PrivacySettings, "")
     backend: BackendSettings = setting(BackendSettings, "")
     evaluation: EvaluationSettings = setting(EvaluationSettings, "")
+    deployment: DeploymentSettings = setting(DeploymentSettings, "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDataSettings:
+    """Where a site's own rows are; how they become inputs is agreed by all."""
+
+    source: str = setting(
+        "", "csv:, npz:, parquet:, idx: and a name; empty: no rows, it only learns"
+    )
+    path: str = setting(".", "folder that the sources start from; .: that of site.toml")
+    test: str = setting("", "source of own test rows; empty: a share of the rows is held out")
+    test_rows: int | float = setting(
+        0.2, "rows held out to test the student on: a count, or a share below 1; 0: none", low=0
+    )
+    label: str | None = setting(None, "the label column here; not set: as agreed")
+    header: bool | None = setting(None, "csv: the first line names the columns; not set: as agreed")
+    separator: str | None = setting(None, "csv: what separates the columns; not set: as agreed")
+    missing: str | None = setting(None, "csv: texts of a missing value; not set: as agreed")
+    drop: tuple[str, ...] = setting((), "columns that the public rows do not have: to leave out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """What a site allows, whatever the coordinator asks."""
+
+    runs: int = setting(0, "most runs that are answered; 0: no limit", low=0)
+    rounds: int = setting(0, "most rounds of one run that are answered; 0: no limit", low=0)
+    rows: int = setting(0, "most proxy rows answered in a round; 0: all of them", low=0)
+    seconds: float = setting(
+        0.0, "longest step; 0: until the coordinator no longer waits for it", low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteSettings:
+    """One real site: its rows, its model, what it allows. Everything else is agreed by all."""
+
+    id: str = setting("", "the site's id, as the coordinator knows it")
+    federation: str = setting("federation.toml", "the settings that all sites agreed on")
+    data: OwnDataSettings = setting(OwnDataSettings, "")
+    training: TrainOverrides = setting(TrainOverrides, "")
+    policy: PolicySettings = setting(PolicySettings, "")

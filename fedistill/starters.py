@@ -72,9 +72,5 @@ def write_starter(path: Path, example: str) -> None:
     text = textwrap.dedent(EXAMPLES[example]).strip()
     settings = config.parse(text)
     title = text.splitlines()[0]
-    body = config.to_toml(settings, comment=_comment)
+    body = config.to_toml(settings, comment=config.comment)
     store.write_atomic(path, f"{title}\n\n{body}".encode())
-
-
-def _comment(doc: str) -> str:
-    return "\n".join(textwrap.wrap(doc, 96, initial_indent="# ", subsequent_indent="#   "))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 from fedistill.backends import Reply
 from fedistill.errors import Rejected
+from fedistill.log import event
 from fedistill.server import Answer, Server
 from fedistill.wire.messages import Failure, Plan
 
@@ -24,6 +28,7 @@ class Tally:
         self.dropped: dict[str, str] = {}
         self.seen: set[str] = set()
         self.heard = 0
+        self.started = time.monotonic()
         self.bytes_up: int = before.bytes_up if before else 0
         self.bytes_down: int = before.bytes_down if before else 0
         self.bytes_down += len(plan.to_bytes()) * len(plan.clients) if travels else 0
@@ -34,13 +39,25 @@ class Tally:
         # Who was not enrolled may call itself anything: its name is not for the log as it is.
         name = reply.client if reply.client in server.enrolled else _code(reply.client)
         if isinstance(reply, Failure):
-            self.dropped[name] = _code(reply.reason)
+            self._drop(name, _code(reply.reason))
             return
         self.bytes_up += len(reply.data) if self.travels else 0
         try:
             self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
         except Rejected as refusal:
-            self.dropped.setdefault(name, refusal.reason)
+            self._drop(name, refusal.reason)
+            return
+        self._tell("answered", name, bytes_up=len(reply.data), seconds=self._seconds())
+
+    def _drop(self, name: str, reason: str) -> None:
+        self.dropped.setdefault(name, reason)
+        self._tell("dropped", name, reason=reason)
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self.started, 3)
+
+    def _tell(self, what: str, name: str, **facts: Any) -> None:
+        event(what, run=self.plan.run, round=self.plan.round, site=name, **facts)
 
 
 def _code(reason: str) -> str:

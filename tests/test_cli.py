@@ -201,4 +201,4 @@ def test_a_surprise_keeps_its_traceback(monkeypatch, call):
 
     monkeypatch.setattr(config, "load", broken)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["check", "x.toml"])
+        cli.main(["run", "x.toml"])

@@ -23,7 +23,7 @@ from builders import (
 )
 
 from fedistill.backends import Reply
-from fedistill.client import Client
+from fedistill.client import Client, Site
 from fedistill.errors import DataError, Rejected
 from fedistill.presets import METHODS
 from fedistill.types import Rows
@@ -272,3 +272,76 @@ def test_torch_random_state_is_left_alone_by_a_client_step() -> None:
     before = torch.random.get_rng_state()
     fed.sites["site-0"].answer(fed.server.plan(2).to_bytes())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# --- a real site outlives a run ------------------------------------------------------------------
+
+
+def at_home(folder: Path, logits: Any = None) -> Site:
+    """A site as a process of its own builds it; with its state in a folder for every run."""
+    said = probabilities(40, 3).astype(np.float32) if logits is None else logits
+    made = federation([*participants(3), saying("site-9", said)])
+    site = made._sites(None)["site-9"]
+    site.keep_runs_in(folder)
+    return site
+
+
+def plans_of(run: str, count: int = 3) -> list[Plan]:
+    server = federation([*participants(3), saying("site-9", None)]).server
+    server.run = run
+    return [server.plan(number) for number in range(1, count + 1)]
+
+
+def test_a_run_that_the_site_has_not_met_starts_with_the_student_as_it_was_built(
+    tmp_path: Path,
+) -> None:
+    site = at_home(tmp_path)
+    for plan in plans_of("first"):
+        assert site.recall(plan) is None
+        site.answer(plan.to_bytes())
+    assert site.learner.fitted == 3  # type: ignore[attr-defined]
+    other = plans_of("second")[0]
+    assert site.recall(other) is None
+    assert (site.run, site.round, site.upload) == ("", 0, b"")
+    assert not site.stamp.any()
+    assert site.learner.fitted == 0  # type: ignore[attr-defined]
+    site.answer(other.to_bytes())
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "second"}
+    later = plans_of("first", 4)[3]
+    assert site.recall(later) is None
+    assert (site.run, site.round) == ("first", 3)
+    assert site.learner.fitted == 3  # type: ignore[attr-defined]
+
+
+def test_a_damaged_state_is_noted_when_the_one_before_it_is_used(tmp_path: Path) -> None:
+    site = at_home(tmp_path)
+    first, second, third = plans_of("run")
+    for plan in (first, second):
+        site.recall(plan)
+        site.answer(plan.to_bytes())
+    (tmp_path / "run" / "state").write_bytes(b"FDstate\n")
+    again = at_home(tmp_path)
+    note = again.recall(third)
+    assert note is not None
+    assert "the generation before it was used" in note
+    assert again.round == 1
+
+
+def test_a_refusal_is_remembered_by_a_new_process_too(tmp_path: Path) -> None:
+    nan = np.full((40, 3), np.nan, np.float32)
+    (plan,) = plans_of("run", 1)
+    for _ in range(2):
+        site = at_home(tmp_path, nan)
+        site.recall(plan)
+        with pytest.raises(Rejected, match="nonfinite"):
+            site.answer(plan.to_bytes())
+        assert site.learner.fitted == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("run", ["..", "a/b", "", "x" * 65, "\x00"])
+def test_a_run_cannot_choose_a_folder_outside(run: str, tmp_path: Path) -> None:
+    site = at_home(tmp_path)
+    with pytest.raises(Rejected) as caught:
+        site.recall(plans_of(run, 1)[0])
+    assert caught.value.reason == "run"
+    assert list(tmp_path.iterdir()) == []

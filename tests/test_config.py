@@ -328,7 +328,7 @@ def sections(draw):
     # And rows are counted in whole numbers, or are a share.
     amount = made["data"].test_rows
     made["data"] = dataclasses.replace(
-        made["data"], test_rows=amount if amount < 1 else float(int(amount))
+        made["data"], test_rows=(amount or 0.5) if amount < 1 else float(int(amount))
     )
     names = {key: "csv:" + getattr(made["data"], key) for key in ("source", "test")}
     made["data"] = dataclasses.replace(made["data"], **names)
@@ -368,3 +368,42 @@ def test_every_setting_says_what_it_means():
 def test_settings_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().seed = 3
+
+
+# --- the file of one real site -------------------------------------------------------------------
+
+
+def test_a_site_file_needs_an_id_and_nothing_else():
+    site = config.parse_site('id = "north"')
+    assert site == config.SiteSettings(id="north")
+    assert (site.federation, site.data.source) == ("federation.toml", "")
+    assert config.parse_site(to_toml(site)) == site
+    assert config.parse_site(to_toml(site, config.comment)) == site
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "id: "),
+        ('id = "a/b"', "line 1: id: "),
+        ("id = 5", "line 1: id: expected a text, found a whole number"),
+        ('id = "a"\n[data]\nsource = "cvs:x"', 'line 3: data.source: unknown source "cvs"; did'),
+        ('id = "a"\n[policy]\nround = 3', 'policy.round: unknown key; did you mean "rounds"?'),
+        ('id = "a"\n[policy]\nseconds = -1', "policy.seconds: expected a number at least 0"),
+        ('id = "a"\n[training]\nlr = 0', "training.lr: expected a number above 0"),
+        ('id = "a"\n[clients]\ncount = 3', "clients: unknown key"),
+    ],
+)
+def test_what_is_wrong_with_a_site_file_is_said(text, words):
+    with pytest.raises(SettingsError) as caught:
+        config.parse_site(text, source="site.toml")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("site.toml")
+
+
+def test_a_site_file_is_told_from_that_of_an_experiment():
+    site = config.SiteSettings(id="a")
+    for told in (to_toml(site), to_toml(site, config.comment), '# mine\n\nid = "a"\n'):
+        assert config.speaks_of_a_site(told)
+    for told in (to_toml(Settings()), to_toml(Settings(), config.comment), "", "[data]\nid = 1\n"):
+        assert not config.speaks_of_a_site(told)

@@ -134,6 +134,10 @@ BANNED = {
 }
 
 
+DATED = {"log.py", "status", "keys.py", "clock.py"}
+"""Files and folders whose task is the date: of an event, of a certificate, of a site's clock."""
+
+
 @pytest.mark.parametrize("place", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_no_pickle_no_wall_clock_no_global_seed(place: Path) -> None:
     text = place.read_text()
@@ -156,6 +160,8 @@ def test_no_pickle_no_wall_clock_no_global_seed(place: Path) -> None:
         r"np\.random\.(rand|randn|randint|permutation|choice|shuffle)\(",
         r"\beval\(|\bexec\(",
     ):
+        if "time" in pattern and DATED & set(place.relative_to(SOURCE).parts):
+            continue
         found = [
             line for line in text.splitlines() if re.search(pattern, line) and ".eval(" not in line
         ]

@@ -198,3 +198,83 @@ def test_rows_that_nobody_answers_for_are_left_out_of_the_targets() -> None:
     assert told.missing == (1, 4)
     assert set(plan.ask.rows()) - set(told.rows()) == set(plan.ask.rows()[[1, 4]])
     assert (door.stamp > 0).sum() == ROWS - 2
+
+
+# --- real sites: what they have is not known at the start ----------------------------------------
+
+SIZED = dataclasses.replace(
+    MEAN, rule=lambda logits, weights, sizes: MEAN.bound_rule()(logits, sizes)
+)
+
+
+def of_unknown_size(rows: int = ROWS, **options: Any) -> Server:
+    names = dict.fromkeys(("c0", "c1", "c2"))
+    return Server(server(rows=rows).proxy, ("a", "b", "c"), None, SIZED, names, seed=7, **options)
+
+
+def one_round(door: Server, number: int, size: int) -> Any:
+    """A round in which c2 claims so many rows; the soft targets that come of it."""
+    plan = door.plan(number)
+    claims = {"c0": 16, "c1": 16, "c2": size}
+    answers = [
+        door.check(
+            upload(plan, name, probabilities(ROWS, k), size=claims[name]).to_bytes(),
+            plan,
+            name,
+            set(),
+        )
+        for k, name in enumerate(claims)
+    ]
+    door.combine(plan, answers)
+    assert door.targets is not None
+    return door.table[door.targets.rows()]
+
+
+def expected_of(size: int) -> Any:
+    probs = [probabilities(ROWS, k) for k in range(3)]
+    return np.average(probs, axis=0, weights=[16, 16, size])
+
+
+def test_a_site_of_unknown_size_counts_with_what_it_says_first_and_never_with_more() -> None:
+    """Fault 19, where nobody could declare anything beforehand."""
+    door = of_unknown_size()
+    np.testing.assert_allclose(one_round(door, 1, 32), expected_of(32), atol=1e-6)
+    assert door.enrolled == {"c0": 16, "c1": 16, "c2": 32}
+    np.testing.assert_allclose(one_round(door, 2, 1 << 30), expected_of(32), atol=1e-6)
+    np.testing.assert_allclose(one_round(door, 3, 8), expected_of(8), atol=1e-6)
+    np.testing.assert_allclose(one_round(door, 4, 64), expected_of(32), atol=1e-6)
+
+
+def test_what_sites_said_first_outlives_the_server() -> None:
+    door = of_unknown_size()
+    one_round(door, 1, 32)
+    arrays, facts = door.state_dict()
+    again = of_unknown_size()
+    again.load_state_dict(arrays, json.loads(json.dumps(facts)))
+    np.testing.assert_allclose(one_round(again, 2, 1 << 30), expected_of(32), atol=1e-6)
+
+
+def test_a_site_that_has_said_nothing_yet_is_still_unknown_after_a_resume() -> None:
+    door = of_unknown_size()
+    arrays, facts = door.state_dict()
+    again = of_unknown_size()
+    again.load_state_dict(arrays, json.loads(json.dumps(facts)))
+    assert again.enrolled == dict.fromkeys(("c0", "c1", "c2"))
+
+
+def test_an_upload_that_is_refused_declares_nothing() -> None:
+    door = of_unknown_size()
+    plan = door.plan(1)
+    with pytest.raises(Rejected):
+        door.check(
+            upload(plan, "c2", np.full((ROWS, 3), np.nan), size=1 << 20).to_bytes(),
+            plan,
+            "c2",
+            set(),
+        )
+    assert door.enrolled["c2"] is None
+
+
+def test_sites_of_unknown_size_count_for_the_quorum() -> None:
+    assert of_unknown_size().quorum == 3
+    assert of_unknown_size(quorum=2).quorum == 2

@@ -243,23 +243,24 @@ class Partition:
         return (self.function.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
 
 
-def numbered(parts: Sequence[Rows]) -> dict[str, Rows]:
-    """Parts as clients ``site-0``, ``site-1`` and so on."""
-    return {f"site-{number}": part for number, part in enumerate(parts)}
+def named(parts: Sequence[Rows], to: ClientsSettings) -> dict[str, Rows]:
+    """Parts as clients: those of the settings, else ``site-0``, ``site-1`` and so on."""
+    names = to.names or tuple(f"site-{number}" for number in range(len(parts)))
+    return dict(zip(names, parts, strict=True))
 
 
 PARTITIONS: Mapping[str, Partition] = {
-    "iid": Partition(iid, lambda rows, to, seed: numbered(iid(rows, to.count, seed))),
+    "iid": Partition(iid, lambda rows, to, seed: named(iid(rows, to.count, seed), to)),
     "dirichlet": Partition(
-        dirichlet, lambda rows, to, seed: numbered(dirichlet(rows, to.count, to.alpha, seed))
+        dirichlet, lambda rows, to, seed: named(dirichlet(rows, to.count, to.alpha, seed), to)
     ),
     "shards": Partition(
         shards,
-        lambda rows, to, seed: numbered(shards(rows, to.count, to.classes_per_client, seed)),
+        lambda rows, to, seed: named(shards(rows, to.count, to.classes_per_client, seed), to),
     ),
     "by-column": Partition(by_column, lambda rows, to, seed: by_column(rows)),
     "file": Partition(
         by_file,
-        lambda rows, to, seed: numbered(by_file(rows, to.partition_path, to.partition_key)),
+        lambda rows, to, seed: named(by_file(rows, to.partition_path, to.partition_key), to),
     ),
 }

@@ -112,6 +112,8 @@ class Plan:
     weights: bytes = b""
     clients: tuple[str, ...] = field(default=(), compare=False)
     """Who is asked. The server's own note: it does not travel."""
+    quorum: int = field(default=0, compare=False)
+    """Fewest uploads that are of use: a backend waits for these above all. It does not travel."""
 
     def to_bytes(self) -> bytes:
         """The message as it travels."""

@@ -4,16 +4,19 @@ A block of a page may have a comment before it that says how it is tested:
 
 * ``<!-- test: quick -->``: ``fedistill run`` gets ``--rounds 2``;
 * ``<!-- test: rounds N -->``: the same with N;
-* ``<!-- test: syntax -->``: commands and options are looked up, and not run;
+* ``<!-- test: syntax -->``: commands and options are looked up, Python is compiled, nothing is run;
 * ``<!-- test: needs MODULE -->``: skipped where the module is not installed.
 
 The blocks of a page run in their order, in a folder of their own with copies of ``simulations``.
-Python blocks share their names. A toml block whose first line is ``# NAME.toml`` becomes that file.
+Python blocks share their names. A toml block whose first line is ``# NAME.toml`` becomes that file;
+one that names an ``id`` is the file of a real site.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -27,7 +30,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedistill import catalog, config, errors
+from fedistill import catalog, config, errors, log
 from fedistill.cli import INTERRUPTED, app, main
 from fedistill.report.live import COLUMNS, head
 from fedistill.wire.messages import UPLOAD_FIELDS, Plan, RowSpec, Targets, unseal
@@ -112,10 +115,11 @@ def test_examples_run(page, tmp_path, monkeypatch, capsys):
             continue
         if block.language == "python":
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
-            exec(code, names)
+            if kind != "syntax":
+                exec(code, names)
         elif block.language == "toml":
-            settings = config.parse(block.text, source=f"{page.name}, line {block.line}")
-            assert settings is not None
+            read_as = config.parse_site if config.speaks_of_a_site(block.text) else config.parse
+            assert read_as(block.text, source=f"{page.name}, line {block.line}") is not None
             if file := re.match(r"# ([\w-]+\.toml)\n", block.text):
                 Path(file[1]).write_text(block.text, encoding="utf-8")
         elif block.language in {"sh", "console"}:
@@ -146,8 +150,12 @@ def run_command(words, block, capsys):
 
 
 def check_syntax(words):
-    known = help_of(words[1])
-    for word in words[2:]:
+    given = " ".join(words[1:]) + " "
+    name = max((one for one in command_names() if given.startswith(f"{one} ")), key=len, default="")
+    assert name, f"{shlex.join(words)}: no such command"
+    name = name.split()
+    known = help_of(*name)
+    for word in words[1 + len(name) :]:
         if word.startswith("--"):
             assert word in known, f"{shlex.join(words)}: no option {word}"
 
@@ -161,8 +169,14 @@ def help_of(*arguments):
     return shown.output
 
 
-def command_names():
-    return re.findall(r"^  ([a-z]\S*)  ", help_of().partition("Commands:")[2], flags=re.MULTILINE)
+def command_names(*group):
+    """Every command, in the order of the help; those of a group as ``deploy init``."""
+    listed = help_of(*group).partition("Commands:")[2]
+    found = []
+    for name in re.findall(r"^  ([a-z]\S*)  ", listed, flags=re.MULTILINE):
+        inner = command_names(*group, name) if "Commands:" in help_of(*group, name) else []
+        found += [f"{name} {one}" for one in inner] or [name]
+    return found
 
 
 def section(title):
@@ -177,13 +191,14 @@ def test_every_option_is_documented_and_no_other(name):
     documented = set(
         re.findall(r"^\| `(--[a-z-]+)", section(f"fedistill {name}"), flags=re.MULTILINE)
     )
-    real = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", help_of(name), flags=re.MULTILINE))
+    shown = help_of(*name.split())
+    real = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+)", shown, flags=re.MULTILINE))
     assert documented == real
 
 
 def test_only_real_commands_are_documented():
     text = read("settings.md")
-    assert re.findall(r"^### fedistill (\S+)$", text, flags=re.MULTILINE) == command_names()
+    assert re.findall(r"^### fedistill (.+)$", text, flags=re.MULTILINE) == command_names()
 
 
 def test_every_exit_code_is_documented_and_no_other():
@@ -221,10 +236,16 @@ def test_every_generated_part_stands_on_the_settings_page(maker):
 
 def test_every_key_is_documented_under_its_section(maker):
     for name, kind in maker.sections():
-        title = {"": "Top of the file", "clients.group": "[[clients.group]]"}.get(name, f"[{name}]")
+        title = {"": "Top of the file", "[clients.group]": "[[clients.group]]"}.get(name, name)
         text = section(title)
         for item in maker.keys(kind):
             assert f"| `{item.name}` |" in text, f"{title} {item.name}"
+
+
+def test_what_differs_in_the_rows_of_a_site_names_real_keys():
+    named = set(re.findall(r"`(\w+)(?: = [^`]+)?`", section("site.toml [data]")))
+    known = {item.name for item in dataclasses.fields(config.DataSettings)}
+    assert named <= known
 
 
 @pytest.mark.parametrize("kind", catalog.TABLES)
@@ -270,7 +291,23 @@ def test_the_plan_has_the_documented_fields_and_no_other():
 def test_every_reason_code_is_documented_and_no_other():
     sources = "\n".join(file.read_text() for file in (REPO / "fedistill").rglob("*.py"))
     codes = set(re.findall(r'Rejected\(\s*"(\w+)"', sources))
-    assert sorted(table_under("## At the door")) == sorted(codes)
+    at_the_door, over_a_network = table_under("## At the door"), table_under("### Over a network")
+    assert sorted(set(at_the_door) | (set(over_a_network) & codes)) == sorted(codes)
+
+
+def test_every_code_in_place_of_an_upload_is_documented_and_no_other():
+    work = pytest.importorskip("fedistill.flower.work")
+    home = REPO / "fedistill" / "flower"
+    sources = [(home / name).read_text() for name in ("backend.py", "convert.py")]
+    of_the_way = {
+        code
+        for source in sources
+        for pair in re.findall(r'"(\w+)" if [^"\n]+ else "(\w+)"', source)
+        for code in pair
+    }
+    of_the_site = {*work.CODES.values(), work.code_of(ValueError()), "policy"}
+    of_the_site |= set(re.findall(r'"reason": "(\w+)"', (home / "work.py").read_text()))
+    assert sorted(table_under("### Over a network")) == sorted(of_the_way | of_the_site)
 
 
 def test_every_flag_is_documented_and_no_other():
@@ -278,6 +315,69 @@ def test_every_flag_is_documented_and_no_other():
     source = "\n".join((REPO / "fedistill" / place).read_text() for place in places)
     flags = set(re.findall(r'\[\]\)\.append\("(\w+)"\)', source))
     assert sorted(table_under("## What is flagged")) == sorted(flags)
+
+
+# --- real sites ----------------------------------------------------------------------------------
+
+
+def part(page, title):
+    """The text of a page below a heading, up to the next one."""
+    _, found, rest = read(page).partition(f"{title}\n")
+    assert found, f"{page}: expected a heading {title}"
+    return re.split(r"^#", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_every_event_and_every_field_is_documented_and_no_other():
+    text = part("deployment.md", "### Events")
+    rows = re.findall(r"^\|(.+?)\|(.+?)\|(.+?)\|$", text, flags=re.MULTILINE)
+    events = [name for names, *_ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(events) == sorted(log.EVENTS)
+    fields = {name for *_, told in rows for name in re.findall(r"`(\w+)`", told)}
+    assert fields <= set(log.FIELDS)
+    assert set(log.FIELDS) <= set(re.findall(r"`(\w+)`", text))
+
+
+def test_every_test_that_the_deployment_page_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", part("deployment.md", "## Faults")))
+    sources = "\n".join(file.read_text() for file in (REPO / "tests").rglob("test_*.py"))
+    assert named
+    assert named <= set(re.findall(r"^(?:async )?def (test_\w+)", sources, flags=re.MULTILINE))
+
+
+def test_the_figures_of_the_deployment_page_are_those_of_the_kit():
+    kit = pytest.importorskip("fedistill.flower.kit")
+    text = read("deployment.md")
+    assert f"{kit.keys.SERVER_DAYS} days" in text
+    assert f"{kit.keys.AUTHORITY_DAYS // 365} years" in text
+    assert len(kit.FLEET) == 10, "the page speaks of ten calls"
+    assert kit.FLWR.rpartition(".")[0] in text
+    for port in (8443, 9091, 8080, 8001):
+        assert str(port) in text
+
+
+def test_the_apps_of_the_deployment_page_run_a_federation(tmp_path, monkeypatch):
+    pytest.importorskip("flwr")
+    from flwr.app import Context, RecordDict
+
+    spec = importlib.util.spec_from_file_location("grid", REPO / "tests" / "flower" / "grid.py")
+    grid = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "grid", grid)
+    spec.loader.exec_module(grid)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "example"}
+    (block,) = [one for one in blocks(DOCS / "deployment.md") if "server_app(" in one.text]
+    exec(block.text, names)
+    told = {"states": str(tmp_path / "states")}
+    nodes = [{"partition-id": number, "num-partitions": 3} for number in range(3)]
+    over = grid.InProcessGrid(names["client"], nodes, run_config=told)
+    names["server"](over, Context(1, 1, {}, RecordDict(), told))
+    rows = (tmp_path / "over-flower" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(row)["clients_ok"] for row in rows] == [3, 3]
+    assert sorted(place.name for place in (tmp_path / "states").iterdir()) == [
+        "bern",
+        "lyon",
+        "ulm",
+    ]
 
 
 # --- links and the site --------------------------------------------------------------------------

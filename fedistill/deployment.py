@@ -1,0 +1,288 @@
+"""From the files of a real party to its half of the federation: the coordinator's, or a site's.
+
+All parties hold the same ``federation.toml`` and the same proxy rows; a site has a ``site.toml``
+beside them, with its own rows and what it allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedistill import config, store
+from fedistill.assembly import method_of, model_factory, recipe
+from fedistill.client import Client, Site
+from fedistill.config import DataSettings, Settings, SiteSettings, TrainSettings
+from fedistill.data import Federated
+from fedistill.data.files import data_root
+from fedistill.data.npz import load_arrays
+from fedistill.data.site import Public, read_public, split
+from fedistill.distill.learner import Learner
+from fedistill.errors import DataError, Problem, Rejected, RunError, SettingsError, did_you_mean
+from fedistill.log import event
+from fedistill.settings import OwnDataSettings
+from fedistill.types import Dataset, FloatArray, Rows
+from fedistill.wire.messages import Plan
+
+SITE_FILE = "site.toml"
+STATE = "state"
+
+
+# --- the coordinator -----------------------------------------------------------------------------
+
+
+def public_rows(settings: Settings) -> Public:
+    """The public rows, as every party reads them.
+
+    Raises:
+        DataError: they are not what was agreed on.
+    """
+    agreed = settings.deployment
+    return read_public(
+        settings.data, settings.proxy, agreed.classes, settings.seed, agreed.proxy_sha256
+    )
+
+
+def coordinated(settings: Settings) -> Federated:
+    """What the coordinator holds: public rows, test rows if it has any, and nobody's own."""
+    public = public_rows(settings)
+    test = public.own(settings.data.test, settings.data)
+    blank = Rows(public.proxy.inputs, np.full(len(public.proxy), -1, dtype=np.int64))
+    name = settings.data.test or settings.proxy.path
+    return Federated(Dataset(name, public.none(), test, blank, public.classes), parts={})
+
+
+# --- a site --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Workplace:
+    """A real site with its settings: who it is, what it holds, what it allows.
+
+    Attributes:
+        folder: where ``site.toml`` lies.
+        settings: of the site.
+        agreed: of the federation.
+        site: the client at work.
+        public: the public rows, and what they decide for all others.
+    """
+
+    folder: Path
+    settings: SiteSettings
+    agreed: Settings
+    site: Site
+    public: Public
+
+    @property
+    def state(self) -> Path:
+        """Where everything is kept that must outlive a process."""
+        return self.folder / STATE
+
+    def student(self, run: str = "") -> Learner:
+        """The site's student as its last round left it, for use on rows of its own.
+
+        Args:
+            run: which run; empty: the newest.
+
+        Raises:
+            RunError: the site has not taken part in a run yet, or not in this one.
+        """
+        states = sorted(
+            (self.state / "runs").glob(f"{run or '*'}/state"), key=lambda path: path.stat().st_mtime
+        )
+        if not states:
+            raise RunError(
+                f"{self.folder}: expected the state of {run or 'a run'}, found none: the site "
+                "has to answer a round first"
+            )
+        site = self.site
+        site.path = states[-1]
+        site.restore("", 0)
+        return site.learner
+
+    def allow(self, plan: Plan) -> None:
+        """Refuse what goes beyond the site's own policy: it wins over any request.
+
+        Raises:
+            Rejected: ``policy``.
+        """
+        policy = self.settings.policy
+        known = {place.name for place in (self.state / "runs").glob("*")}
+        if policy.runs and plan.run not in known and len(known) >= policy.runs:
+            raise Rejected("policy", f"this site answers {policy.runs} runs")
+        if policy.rounds and plan.round > policy.rounds:
+            raise Rejected("policy", f"this site answers {policy.rounds} rounds of a run")
+        if policy.rows and plan.ask.count > policy.rows:
+            raise Rejected("policy", f"this site answers {policy.rows} proxy rows in a round")
+
+    def answer(self, message: bytes) -> bytes:
+        """One round, in a process that may be new: a plan in, an upload out.
+
+        Raises:
+            Rejected: the plan is not for this site, goes beyond its policy, or its predictions
+                cannot be shared.
+            RunError: the state cannot be read or written.
+        """
+        plan = Plan.from_bytes(message)
+        self.allow(plan)
+        older = self.site.recall(plan)
+        if older is not None:
+            event("state_restored", run=plan.run, round=self.site.round)
+        elif not self.site.round:
+            event("run_begun", run=plan.run, round=plan.round)
+        return self.site.answer(message)
+
+    def inputs(self, source: str) -> FloatArray:
+        """New rows without labels, as the student takes them: for use, not for learning.
+
+        Args:
+            source: where they are, as ``source`` in ``[data]`` of ``site.toml``.
+
+        Raises:
+            DataError: they cannot be read, or lack a column that the public rows have.
+        """
+        with contextlib.chdir(self.folder):
+            return self.public.inputs(source, own_data(self.settings, self.agreed))
+
+
+def site_id(folder: Path) -> str:
+    """The id of the site whose ``site.toml`` lies in ``folder``."""
+    return config.load_site(folder / SITE_FILE).id
+
+
+def open_site(folder: str | Path) -> Workplace:
+    """A real site from its folder.
+
+    Raises:
+        SettingsError: ``site.toml`` or ``federation.toml`` is wrong, or they do not fit together.
+        DataError: rows that cannot be used, or proxy rows that are not the agreed ones.
+    """
+    folder = Path(folder)
+    settings = config.load_site(folder / SITE_FILE)
+    agreed = config.load(folder / settings.federation)
+    if settings.id not in agreed.deployment.sites:
+        known = agreed.deployment.sites
+        text = f'"{settings.id}" is no site of the federation{did_you_mean(settings.id, known)}'
+        raise SettingsError([Problem("id", text)], str(folder / SITE_FILE))
+    with contextlib.chdir(folder):
+        public = public_rows(agreed)
+        rows, test = own_rows(settings, agreed, public)
+    training = site_training(settings, agreed)
+    shape = public.proxy.inputs.shape[1:]
+    client = Client(
+        settings.id,
+        model_factory(training, shape, len(public.classes)),
+        rows,
+        test if len(test) else None,
+        recipe(training),
+    )
+    site = Site.open(
+        client,
+        public.proxy,
+        public.classes,
+        method_of(agreed),
+        seed=agreed.seed,
+        device=agreed.backend.device,
+    )
+    workplace = Workplace(folder, settings, agreed, site, public)
+    site.keep_runs_in(workplace.state / "runs")
+    return workplace
+
+
+def site_training(settings: SiteSettings, agreed: Settings) -> TrainSettings:
+    """How the site trains: as all clients do, but for what it sets itself."""
+    names = [item.name for item in dataclasses.fields(TrainSettings)]
+    own = {name: getattr(settings.training, name) for name in names}
+    return TrainSettings(
+        **{name: getattr(agreed.clients, name) for name in names}
+        | {name: value for name, value in own.items() if value is not None}
+    )
+
+
+def own_data(settings: SiteSettings, agreed: Settings) -> DataSettings:
+    """How the site's files are read: as agreed, but for what it says itself."""
+    own = {
+        item.name: getattr(settings.data, item.name)
+        for item in dataclasses.fields(OwnDataSettings)
+        if getattr(settings.data, item.name) is not None
+    }
+    return dataclasses.replace(agreed.data, **own)
+
+
+def own_rows(settings: SiteSettings, agreed: Settings, public: Public) -> tuple[Rows, Rows]:
+    """The site's rows to train on and to test on.
+
+    Reading a large table takes longer than a step, and every message is served by a new process:
+    what was read is kept in ``state/cache``, for as long as the files and settings are unchanged.
+    """
+    data = own_data(settings, agreed)
+    kept = _cache(settings, agreed, public)
+    if kept is not None and (found := _cached(kept)) is not None:
+        return found
+    rows = public.own(data.source, data)
+    if data.test:
+        parts = rows, public.own(data.test, data)
+    else:
+        parts = split(rows, data, agreed.seed, settings.id)
+    if kept is not None:
+        _remember(kept, *parts)
+    return parts
+
+
+def _cache(settings: SiteSettings, agreed: Settings, public: Public) -> Path | None:
+    """Where the rows of exactly these files and settings are kept; None: not worth it."""
+    stamps = []
+    for source in (settings.data.source, settings.data.test):
+        prefix, _, name = source.partition(":")
+        if not source:
+            continue
+        if prefix not in {"csv", "parquet"}:
+            return None
+        for place in sorted(data_root(settings.data.path).glob(f"{name}*")):
+            facts = place.stat()
+            stamps.append(f"{place}:{facts.st_size}:{facts.st_mtime_ns}")
+    told = [config.to_toml(settings), config.to_toml(agreed), public.proxy.fingerprint, *stamps]
+    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+    return Path(STATE) / "cache" / f"rows-{digest}.npz"
+
+
+def _cached(path: Path) -> tuple[Rows, Rows] | None:
+    try:
+        kept = load_arrays(path)
+        return Rows(kept["inputs"], kept["labels"]), Rows(kept["test_inputs"], kept["test_labels"])
+    except (DataError, KeyError, OSError):
+        return None
+
+
+def _remember(path: Path, rows: Rows, test: Rows) -> None:
+    store.probe(path.parent)
+    os.chmod(path.parent, 0o700)
+    for old in path.parent.glob("rows-*.npz"):
+        old.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), _private(path) as temporary:
+        np.savez(
+            temporary,
+            inputs=rows.inputs,
+            labels=rows.labels,
+            test_inputs=test.inputs,
+            test_labels=test.labels,
+        )
+
+
+@contextlib.contextmanager
+def _private(path: Path) -> Iterator[Path]:
+    """A file for this user's eyes alone, in place only when it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
+    try:
+        temporary.touch(mode=0o600)
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

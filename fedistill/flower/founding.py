@@ -1,0 +1,236 @@
+"""From the settings of an experiment to the folders of a deployment: ``fedistill deploy init``.
+
+Where the settings name a source of private rows, those are dealt to the sites, each part into its
+site's folder: then the whole can be rehearsed on one machine, and gives what the simulation
+gives. Where they name only public rows and classes, the sites put in rows of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fedistill import config, data, deployment
+from fedistill.config import DataSettings, DeploymentSettings, Settings, SiteSettings, TrainSettings
+from fedistill.data import Federated
+from fedistill.data.files import find_file
+from fedistill.data.npz import Arrays
+from fedistill.errors import DataError, Problem, SettingsError
+from fedistill.flower.bundle import SIMULATION
+from fedistill.flower.kit import Kit, write_kit
+from fedistill.settings import OwnDataSettings, TrainOverrides
+from fedistill.types import ProxySet, Rows
+
+EXAMPLE = """
+seed = 7
+rounds = 5
+[data]
+source = "digits"
+test_rows = 360
+[proxy]
+rows = 400
+[clients]
+alpha = 1.0
+width = 48
+epochs = 5
+batch_size = 20
+[student]
+width = 128
+batch_size = 20
+epochs = 15
+"""
+"""What is deployed if nothing is named: scikit-learn's digits, dealt to the sites."""
+
+
+def found(
+    folder: Path,
+    sites: Sequence[str],
+    settings: Settings | None = None,
+    *,
+    host: str = "localhost",
+    port: int = 8443,
+) -> None:
+    """Write the folders of a deployment: one for the coordinator, one for every site.
+
+    Args:
+        folder: where to; it must not hold anything yet.
+        sites: ids of the sites.
+        settings: of the experiment; None: an example on digits.
+        host: name or address by which sites reach the coordinator.
+        port: that sites reach the coordinator at.
+
+    Raises:
+        SettingsError: settings that do not fit real sites.
+        DataError: rows that cannot be read or dealt.
+        RunError: the folder is not empty.
+    """
+    settings = settings or config.parse(EXAMPLE)
+    if settings.deployment.classes:
+        agreed, public = _agree_on_files(settings, tuple(sites))
+        kind = agreed.proxy.path.partition(":")[0]
+        # No file of this name is there: a site that forgets to name its rows is told so.
+        rows = OwnDataSettings(source=f"{kind}:rows.{kind}")
+        own = {site: SiteSettings(id=site, data=rows) for site in sites}
+        _check(agreed)
+        write_kit(
+            folder,
+            Kit(
+                sites=tuple(sites),
+                host=host,
+                port=port,
+                federation=config.to_toml(agreed, config.comment),
+                site_settings={site: config.to_toml(own[site], config.comment) for site in sites},
+                public=public,
+            ),
+        )
+        return
+    alike = as_simulation(settings, tuple(sites))
+    dealt = data.prepare(alike.data, alike.proxy, alike.clients, alike.seed)
+    if set(dealt.parts) != set(sites):
+        known = ", ".join(dealt.parts)
+        text = f"expected the sites that the data has ({known}), found {', '.join(sites)}"
+        raise SettingsError([Problem("--sites", text)])
+    public = {"proxy.npz": archive({"inputs": dealt.dataset.public.inputs})}
+    agreed = _agree(alike, dealt)
+    _check(agreed)
+    write_kit(
+        folder,
+        Kit(
+            sites=tuple(sites),
+            host=host,
+            port=port,
+            federation=config.to_toml(agreed, config.comment),
+            site_settings={
+                site: config.to_toml(_site(site, alike, dealt), config.comment) for site in sites
+            },
+            public=public,
+            coordinator=_labelled("test.npz", dealt.dataset.test),
+            own={
+                site: _labelled("rows.npz", dealt.parts[site])
+                | _labelled("own-test.npz", dealt.tests.get(site))
+                for site in sites
+            },
+        ),
+    )
+    (folder / SIMULATION).write_text(config.to_toml(alike))
+
+
+def _check(agreed: Settings) -> None:
+    """Read the settings as every party will."""
+    config.parse(config.to_toml(agreed))
+
+
+def as_simulation(settings: Settings, sites: tuple[str, ...]) -> Settings:
+    """The experiment with these sites as its clients, and nothing beside it."""
+    clients = settings.clients
+    if clients.partition != "by-column":
+        clients = dataclasses.replace(clients, count=len(sites), names=sites)
+    return dataclasses.replace(
+        settings,
+        clients=clients,
+        backend=dataclasses.replace(settings.backend, name="serial"),
+        evaluation=config.EvaluationSettings(),
+    )
+
+
+def _agree(alike: Settings, dealt: Federated) -> Settings:
+    """What all parties hold: everything but who holds which rows."""
+    proxy = dealt.dataset.public.inputs
+    fingerprint = ProxySet(proxy).fingerprint
+    test = "npz:test.npz" if len(dealt.dataset.test) else ""
+    return _real(
+        alike,
+        tuple(dealt.parts),
+        DataSettings(source="", path=".", test=test, test_rows=0, scale="none"),
+        dataclasses.replace(alike.proxy, path="npz:proxy.npz", rows=len(proxy)),
+        DeploymentSettings(classes=dealt.dataset.classes, proxy_sha256=fingerprint),
+    )
+
+
+def _agree_on_files(
+    settings: Settings, sites: tuple[str, ...]
+) -> tuple[Settings, Mapping[str, bytes]]:
+    """What all parties hold where the public rows are a file of their own."""
+    prefix, _, name = settings.proxy.path.partition(":")
+    if prefix not in {"csv", "npz", "parquet"} or "#" in name:
+        text = f'expected csv:, npz: or parquet: and one file, found "{settings.proxy.path}"'
+        raise SettingsError([Problem("proxy.path", text)])
+    public = deployment.public_rows(settings)
+    file = find_file(settings.data.path, name)
+    agreed = _real(
+        settings,
+        sites,
+        dataclasses.replace(settings.data, source="", test="", path="."),
+        dataclasses.replace(settings.proxy, path=f"{prefix}:{file.name}"),
+        dataclasses.replace(settings.deployment, proxy_sha256=public.proxy.fingerprint),
+    )
+    try:
+        return agreed, {file.name: file.read_bytes()}
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from None
+
+
+def _real(
+    settings: Settings,
+    sites: tuple[str, ...],
+    data: DataSettings,
+    proxy: config.ProxySettings,
+    agreed: DeploymentSettings,
+) -> Settings:
+    clients = settings.clients
+    return dataclasses.replace(
+        settings,
+        data=data,
+        proxy=proxy,
+        clients=config.ClientsSettings(
+            **{
+                item.name: getattr(clients, item.name) for item in dataclasses.fields(TrainSettings)
+            },
+            count=len(sites),
+            participation=clients.participation,
+            quorum=min(clients.quorum, len(sites)),
+            partition="iid",
+        ),
+        backend=dataclasses.replace(settings.backend, name="flower"),
+        evaluation=config.EvaluationSettings(),
+        deployment=dataclasses.replace(agreed, sites=sites),
+    )
+
+
+def _site(site: str, alike: Settings, dealt: Federated) -> SiteSettings:
+    """A site's own settings: the files that were dealt to it, and what its model has of its own."""
+    own = config.client_settings(alike.clients, list(dealt.parts))[site]
+    common = config.client_settings(dataclasses.replace(alike.clients, group=()), [site])[site]
+    changed = {
+        item.name: getattr(own, item.name)
+        for item in dataclasses.fields(TrainSettings)
+        if getattr(own, item.name) != getattr(common, item.name)
+    }
+    tests = dealt.tests.get(site)
+    return SiteSettings(
+        id=site,
+        data=OwnDataSettings(
+            source="npz:rows.npz" if len(dealt.parts[site]) else "",
+            test="npz:own-test.npz" if tests is not None and len(tests) else "",
+            test_rows=0,
+        ),
+        training=TrainOverrides(**changed),
+    )
+
+
+def _labelled(name: str, rows: Rows | None) -> dict[str, bytes]:
+    """Labelled rows as a file of this name; nothing where there are none."""
+    if rows is None or not len(rows):
+        return {}
+    return {name: archive({"inputs": rows.inputs, "labels": rows.labels})}
+
+
+def archive(arrays: Arrays) -> bytes:
+    """Arrays as the bytes of an npz file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()
