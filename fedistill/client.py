@@ -31,6 +31,8 @@ from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, State, fi
 from fedistill.wire import codec as codecs
 from fedistill.wire.messages import Plan, Upload, bucket, seen_mask
 
+LARGEST_MESSAGE = 64 << 20
+"""Bytes of a plan, if nothing else was agreed."""
 LARGEST_LOGIT = 1e4
 """Row-centred logits beyond this are clipped; more than 1 % of such rows is refused."""
 
@@ -114,6 +116,7 @@ class Site:
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}
+        self.limit = LARGEST_MESSAGE
         self._begin()
         self.notes = list(_observations(client, proxy, len(classes)))
 
@@ -137,6 +140,7 @@ class Site:
         *,
         seed: int,
         device: str = "cpu",
+        limit: int = LARGEST_MESSAGE,
     ) -> Site:
         """The site of a client, with its learner as a federation of this seed builds it.
 
@@ -147,10 +151,13 @@ class Site:
             method: what is exchanged and how.
             seed: of the experiment.
             device: ``cpu``, ``cuda`` or ``auto``.
+            limit: largest plan accepted, in bytes.
         """
         recipe = method.client_recipe(client.training)
         learner = new_student(client.build, recipe, proxy, len(classes), seed, device)
-        return cls(client, learner, proxy, classes, method, seed)
+        site = cls(client, learner, proxy, classes, method, seed)
+        site.limit = limit
+        return site
 
     # --- the step ------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class Site:
             Rejected: the plan is not for this site, or its predictions cannot be shared.
             RunError: the proxy rows changed since the start.
         """
-        plan = Plan.from_bytes(message)
+        plan = Plan.from_bytes(message, self.limit)
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
         self.agree(plan)

@@ -405,6 +405,8 @@ def _deployment_contradictions(
             yield problem("deployment.sites", f"{CLIENT_ID_WORDS}, found {name[:64]!r}")
     if len(set(deployment.sites)) < len(deployment.sites):
         yield problem("deployment.sites", "expected ids that differ, found one twice")
+    if len(set(deployment.classes)) < len(deployment.classes):
+        yield problem("deployment.classes", "expected names that differ, found one twice")
     if len(deployment.classes) < 2:
         yield problem("deployment.classes", "expected the names of two classes or more")
     if not settings.proxy.path:

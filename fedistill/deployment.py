@@ -122,6 +122,21 @@ class Workplace:
         if policy.rows and plan.ask.count > policy.rows:
             raise Rejected("policy", f"this site answers {policy.rows} proxy rows in a round")
 
+    def prepare(self, message: bytes) -> None:
+        """Allow a plan, and take up the state that its round begins with.
+
+        Raises:
+            Rejected: the plan cannot be read, or goes beyond the site's policy.
+            CheckpointError: the state cannot be read.
+        """
+        plan = Plan.from_bytes(message, self.site.limit)
+        self.allow(plan)
+        older = self.site.recall(plan)
+        if older is not None:
+            event("state_restored", run=plan.run, round=self.site.round)
+        elif not self.site.round:
+            event("run_begun", run=plan.run, round=plan.round)
+
     def answer(self, message: bytes) -> bytes:
         """One round, in a process that may be new: a plan in, an upload out.
 
@@ -130,13 +145,7 @@ class Workplace:
                 cannot be shared.
             RunError: the state cannot be read or written.
         """
-        plan = Plan.from_bytes(message)
-        self.allow(plan)
-        older = self.site.recall(plan)
-        if older is not None:
-            event("state_restored", run=plan.run, round=self.site.round)
-        elif not self.site.round:
-            event("run_begun", run=plan.run, round=plan.round)
+        self.prepare(message)
         return self.site.answer(message)
 
     def inputs(self, source: str) -> FloatArray:
@@ -190,6 +199,7 @@ def open_site(folder: str | Path) -> Workplace:
         method_of(agreed),
         seed=agreed.seed,
         device=agreed.backend.device,
+        limit=int(agreed.backend.max_message_mb * (1 << 20)),
     )
     workplace = Workplace(folder, settings, agreed, site, public)
     site.keep_runs_in(workplace.state / "runs")

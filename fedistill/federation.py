@@ -280,7 +280,13 @@ class Federation:
             kind = FedAvgSite
             client = dataclasses.replace(client, build=self._student_factory or client.build)
         site = kind.open(
-            client, self.proxy, self.classes, self.method, seed=self.seed, device=self.device
+            client,
+            self.proxy,
+            self.classes,
+            self.method,
+            seed=self.seed,
+            device=self.device,
+            limit=self.server.limit,
         )
         site.keep_in(folder)
         return site

@@ -376,7 +376,6 @@ def test_settings_that_real_sites_cannot_have_are_refused(old: str, new: str, wo
         config.parse(AGREED.replace(old, new))
 
 
-@pytest.mark.xfail(strict=True, reason="classes that are named twice are let through")
 def test_a_class_named_twice_is_refused() -> None:
     with pytest.raises(SettingsError, match=r"deployment\.classes"):
         config.parse(AGREED.replace('["healthy", "ill"]', '["ill", "ill"]'))

@@ -53,8 +53,14 @@ class Public:
         """
         if not source:
             return self.none()
-        table = read(source, data)
-        rows = rows_of(align(_numbered(table, self.classes), self.table))
+        table = _numbered(read(source, data), self.classes)
+        if unknown := sorted(set(table.classes) - set(self.classes)):
+            raise DataError(
+                f"{table.name}: expected the {len(self.classes)} classes that were agreed on "
+                f"({', '.join(self.classes)[:200]}), found {len(unknown)} more: map the labels, or "
+                "leave those rows out"
+            )
+        rows = rows_of(align(table, self.table))
         return replace(rows, inputs=self.scaler.apply(rows.inputs))
 
     def inputs(self, source: str, data: DataSettings) -> FloatArray:
@@ -117,6 +123,8 @@ def split(rows: Rows, data: DataSettings, seed: int, name: str) -> tuple[Rows, R
 
 def _numbered(table: Table, classes: tuple[str, ...]) -> Table:
     """Where a source knows classes by their numbers only (npz, idx), give them their names."""
+    if table.name.partition(":")[0] not in {"npz", "idx"}:
+        return table
     plain = tuple(str(number) for number in range(len(table.classes)))
     if table.classes != plain or set(plain) <= set(classes):
         return table

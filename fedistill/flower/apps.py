@@ -101,7 +101,8 @@ def server_app(
 
     Args:
         federation: from ``context.run_config`` to the federation, with a
-            :class:`fedistill.Member` for every site. None: the one that ``fedistill run`` started.
+            :class:`fedistill.Member` for every site. The student trains as its ``training`` says:
+            there is no first client to take that from. None: what ``fedistill run`` started.
         rounds: number of rounds.
         deadline: seconds that a site has to answer.
         keys: folder of the sites' public keys, ``ID.pub``: for real sites with node

@@ -7,6 +7,7 @@ half-way holds up nobody but its sender.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedistill.backends import Reply
-from fedistill.errors import RunError
+from fedistill.errors import FedistillError, RunError
 from fedistill.flower import convert
 from fedistill.flower.roster import Roster
 from fedistill.wire.messages import Failure, Plan
@@ -28,6 +29,8 @@ TRIES = 8
 """How often one site is asked in one round, if its answers keep getting lost."""
 MOST_FAILURES = 30
 """Fetches in a row that may fail before the run gives up."""
+RECOVERY = 1.0
+"""Seconds of rest after the transport has failed."""
 MARGIN = 30.0
 """Seconds a message outlives the deadline, so that the last answers are not lost on their way."""
 
@@ -89,7 +92,8 @@ class FlowerBackend:
         with _Inbox(self.grid, self.pause) as inbox:
             while state.waiting and (left := started + self.deadline - time.monotonic()) > 0:
                 if state.unasked():
-                    self._ask(state, message, self.roster(self.grid), left, inbox)
+                    with inbox.tolerant():
+                        self._ask(state, message, self.roster(self.grid), left, inbox)
                 if state.asked or state.uploads < plan.quorum:
                     quiet = time.monotonic()
                 elif time.monotonic() - quiet > self.grace:
@@ -111,11 +115,7 @@ class FlowerBackend:
         inbox: _Inbox,
     ) -> None:
         """Send the plan to whoever is here and has not got it."""
-        ready = [
-            site
-            for site in sorted(state.unasked() & set(online))
-            if state.tries.get(site, 0) < TRIES
-        ]
+        ready = sorted(state.unasked() & set(online))
         requests = [
             convert.request(
                 convert.ROUND,
@@ -142,7 +142,8 @@ class FlowerBackend:
             return None
         lost = Failure(site, state.plan.round, "lost")
         outcome = lost if answer is None else convert.heard(site, state.plan.round, answer)
-        if isinstance(outcome, Failure) and outcome.reason == "lost":
+        lasting = state.tries.get(site, 0) >= TRIES
+        if isinstance(outcome, Failure) and outcome.reason == "lost" and not lasting:
             state.last[site] = outcome.reason
             return None
         state.waiting.discard(site)
@@ -156,8 +157,9 @@ class _Inbox:
     def __init__(self, grid: Grid, pause: float) -> None:
         self.grid = grid
         self.pause = pause
-        self.expected: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.arrived: queue.SimpleQueue[tuple[str, Message | None]] = queue.SimpleQueue()
+        # queue.SimpleQueue would do, but for threads that hang in its get(timeout=) on Python 3.11.
+        self.expected: queue.Queue[str] = queue.Queue()
+        self.arrived: queue.Queue[tuple[str, Message | None]] = queue.Queue()
         self.closed = threading.Event()
         self.threads = 0
         self.failures = 0
@@ -168,6 +170,21 @@ class _Inbox:
 
     def __exit__(self, *error: object) -> None:
         self.closed.set()  # a thread that is stuck in a fetch ends with it, or with the process
+
+    @contextlib.contextmanager
+    def tolerant(self) -> Iterator[None]:
+        """Whatever the transport raises here is noted, and tried again later."""
+        try:
+            yield
+        except FedistillError:
+            raise
+        except Exception as error:
+            self._note(error)
+
+    def _note(self, error: Exception) -> None:
+        """One more failure of the transport; wait a little before the next try."""
+        self.failures, self.trouble = self.failures + 1, type(error).__name__
+        self.closed.wait(RECOVERY)
 
     def expect(self, message: str) -> None:
         """An answer to this message may come."""
@@ -208,8 +225,7 @@ class _Inbox:
             except Exception as error:
                 # Whatever the transport raises: the SuperLink may have counted the answer as
                 # fetched, so it has to be asked for again. The site has it in its store.
-                self.failures, self.trouble = self.failures + 1, type(error).__name__
-                self.closed.wait(1.0)
+                self._note(error)
                 self.arrived.put((message, None))
                 continue
             self.failures = 0

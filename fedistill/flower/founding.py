@@ -96,6 +96,7 @@ def found(
         raise SettingsError([Problem("--sites", text)])
     public = {"proxy.npz": archive({"inputs": dealt.dataset.public.inputs})}
     agreed = _agree(alike, dealt)
+    _check(alike)
     _check(agreed)
     write_kit(
         folder,
@@ -126,7 +127,7 @@ def _check(agreed: Settings) -> None:
 
 def as_simulation(settings: Settings, sites: tuple[str, ...]) -> Settings:
     """The experiment with these sites as its clients, and nothing beside it."""
-    clients = settings.clients
+    clients = dataclasses.replace(settings.clients, quorum=min(settings.clients.quorum, len(sites)))
     if clients.partition != "by-column":
         clients = dataclasses.replace(clients, count=len(sites), names=sites)
     return dataclasses.replace(

@@ -216,11 +216,11 @@ def write_connection(home: Path, address: str, *, ca: Path | None = None) -> Non
             f"{ca}: expected the certificate of the authority that signed the SuperLink's, found "
             "none: set deployment.ca"
         )
-    trust = f"root-certificates = {json.dumps(str(ca))}" if ca else "insecure = true"
+    trust = f"root-certificates = {config.to_value(str(ca))}" if ca else "insecure = true"
     home.mkdir(parents=True, exist_ok=True)
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f"[superlink.{CONNECTION}]\naddress = {json.dumps(address)}\n{trust}\n"
+        f"[superlink.{CONNECTION}]\naddress = {config.to_value(address)}\n{trust}\n"
     )
 
 
@@ -231,7 +231,9 @@ def submit(job: Job, app: Path, env: Mapping[str, str], *more: str) -> int:
         RunError: the SuperLink is not there, or refused.
     """
     told = job.scratch / "run.toml"
-    told.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in job.told().items()))
+    told.write_text(
+        "".join(f"{key} = {config.to_value(value)}\n" for key, value in job.told().items())
+    )
     command = [flwr(), "run", str(app), CONNECTION, "-c", str(told), "--format", "json", *more]
     code, text = processes.output_of(command, env=env, cwd=job.scratch)
     answer = _json_in(text)
@@ -246,10 +248,10 @@ def submit(job: Job, app: Path, env: Mapping[str, str], *more: str) -> int:
 
 def _json_in(text: str) -> dict[str, Any]:
     """The JSON object in what a program printed, warnings around it or not."""
-    start, end = text.find("{"), text.rfind("}")
-    with contextlib.suppress(ValueError):
-        found = json.loads(text[start : end + 1])
-        return found if isinstance(found, dict) else {}
+    for start in (place for place, character in enumerate(text) if character == "{"):
+        with contextlib.suppress(ValueError):
+            found: dict[str, Any] = json.JSONDecoder().raw_decode(text[start:])[0]
+            return found
     return {}
 
 

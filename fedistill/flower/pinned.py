@@ -9,6 +9,7 @@ asked, and the site what is run.
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,9 @@ def pin(module: Any) -> None:
 
     def installed(*anything: object) -> Any:
         del anything
+        # Flower's own handler would end the process without a word, and the node would wait for
+        # ever; killed outright, the process is missed after a while, and reported.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         from fedistill.flower.apps import client_app
 
         return client_app()

@@ -97,29 +97,23 @@ def at_real_site(folder: Path, message: bytes, patience: float) -> dict[str, byt
         message: the plan, as it came.
         patience: seconds after which nobody waits for the answer any more.
     """
+    folder = folder.resolve()
 
-    def open_and_answer() -> Answering:
-        place = open_site(folder)
-        return functools.partial(answer_and_measure, place)
+    def opened() -> Answering:
+        return functools.partial(answer_and_measure, open_site(folder))
 
-    # Flower's own handler would end the process without a word, and the node would wait for ever;
-    # killed outright, the process is missed after a while and reported.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    with (
-        contextlib.chdir(folder),
-        events_to(folder / STATE / EVENTS),
-        time_limit(patience),
-        computing(1),
-    ):
-        return respond(open_and_answer, message)
+    log = events_to(folder / STATE / EVENTS) if folder.is_dir() else contextlib.nullcontext()
+    with log, time_limit(patience):
+        return respond(opened, message)
 
 
 def answer_and_measure(place: Workplace, message: bytes) -> bytes:
     """One round; what the student then makes of the site's own test rows stays in its own log."""
+    site = place.site
     with time_limit(place.settings.policy.seconds), computing(place.agreed.backend.threads):
-        before = place.site.round
-        upload = place.answer(message)
-        site = place.site
+        place.prepare(message)
+        before = site.round
+        upload = site.answer(message)
         if site.client.test is not None and site.round != before:
             found = measure(site.learner, site.client.test)["accuracy"]
             event("measured", run=site.run, round=site.round, accuracy=found)
@@ -139,24 +133,38 @@ def time_limit(seconds: float) -> Iterator[None]:
     Python runs does not notice; a while later the whole process is ended, and the node says so.
     Either way the state on disk is that of the round before.
 
-    For the main thread; limits may be nested, the shortest holds.
+    For the main thread; limits may be nested, the shortest holds. A timer of somebody else goes on
+    where it was.
     """
     if seconds <= 0:
         yield
         return
-    left = signal.getitimer(signal.ITIMER_REAL)[0]
-    seconds = min(seconds, left) if left else seconds
-    before = signal.signal(signal.SIGALRM, _too_slow)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    faulthandler.dump_traceback_later(seconds + LAST_RESORT, exit=True)
+    began = time.monotonic()
+    handler = signal.signal(signal.SIGALRM, _too_slow)
+    theirs = signal.setitimer(signal.ITIMER_REAL, 0)[0] if not _ENDS else 0.0
+    _ENDS.append(began + (min(seconds, theirs) if theirs else seconds))
+    _arm()
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, left)
-        signal.signal(signal.SIGALRM, before)
-        faulthandler.cancel_dump_traceback_later()
-        if left:
-            faulthandler.dump_traceback_later(left + LAST_RESORT, exit=True)
+        _ENDS.pop()
+        _arm()
+        signal.signal(signal.SIGALRM, handler)
+        if theirs:
+            signal.setitimer(signal.ITIMER_REAL, max(theirs - (time.monotonic() - began), 1e-3))
+
+
+_ENDS: list[float] = []
+"""When the limits that hold now are over."""
+
+
+def _arm() -> None:
+    """Set both clocks to the nearest end."""
+    faulthandler.cancel_dump_traceback_later()
+    left = max(min(_ENDS) - time.monotonic(), 1e-3) if _ENDS else 0.0
+    signal.setitimer(signal.ITIMER_REAL, left)
+    if left:
+        faulthandler.dump_traceback_later(left + LAST_RESORT, exit=True)
 
 
 def _too_slow(number: int, frame: object) -> None:
@@ -169,6 +177,5 @@ def _too_slow(number: int, frame: object) -> None:
 
 def answer_from_disk(site: Site, message: bytes) -> bytes:
     """One round of a site whose last step may have been done by another process."""
-    plan = Plan.from_bytes(message)
-    site.recall(plan)
+    site.recall(Plan.from_bytes(message, len(message)))  # its size is for the site to judge
     return site.answer(message)

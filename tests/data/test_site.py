@@ -130,9 +130,6 @@ def test_own_rows_that_do_not_fit_are_refused_with_the_file_and_what_is_wrong(
     assert "unclear" not in str(caught.value)  # fault 47: no value of a private row
 
 
-@pytest.mark.xfail(
-    strict=True, reason='it names only the file of one party: "the 2 classes of public.csv"'
-)
 def test_an_unknown_class_is_said_with_the_classes_that_were_agreed_on(
     public: Public, write: Write
 ) -> None:

@@ -337,10 +337,6 @@ def test_the_quorum_is_no_more_than_there_are_sites(tmp_path: Path) -> None:
     assert same_everywhere(folder).clients.quorum == 3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="as_simulation() keeps a quorum above the number of sites: the file cannot be read",
-)
 def test_the_simulation_has_the_quorum_of_the_real_sites(tmp_path: Path) -> None:
     folder = founded(tmp_path / "d", SMALL.replace("quorum = 2", "quorum = 5"))
     assert config.load(folder / SIMULATION).clients.quorum == 3

@@ -342,9 +342,6 @@ def test_relative_paths_start_from_the_sites_folder_and_the_process_stays_where_
 # --- a site's own policy -------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a new process measures again: it compares with the round before recall()"
-)
 def test_a_stored_answer_is_not_measured_again(tmp_path: Path) -> None:
     folder = site_folder(tmp_path / "a")
     message = plans(folder)[0]
@@ -354,9 +351,6 @@ def test_a_stored_answer_is_not_measured_again(tmp_path: Path) -> None:
     assert told.count("measured") == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the folder is entered first and then looked for from there: resolve() it"
-)
 def test_a_site_may_be_named_by_a_relative_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,10 +385,6 @@ def test_a_plan_above_the_limit_is_refused_unread(tmp_path: Path, fits: list[str
     assert fits == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a site reads plans of up to 64 MiB whatever backend.max_message_mb was agreed on",
-)
 def test_a_plan_above_the_agreed_limit_is_refused(tmp_path: Path, fits: list[str]) -> None:
     folder = site_folder(tmp_path / "a")
     text = (folder / "federation.toml").read_text()
@@ -493,10 +483,6 @@ def test_a_step_ends_when_nobody_waits_for_its_answer_any_more(
     assert ask(folder, plans(folder)[0], patience=0.3) == {"reason": "too_slow"}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a timer of anybody else (pytest-timeout's) makes the process end 15 s after it",
-)
 def test_a_timer_that_is_not_ours_never_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[float] = []
     monkeypatch.setattr(
@@ -529,9 +515,6 @@ def test_without_a_limit_no_timer_is_set_and_an_outer_one_runs_on() -> None:
         signal.setitimer(signal.ITIMER_REAL, *outer)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the outer timer starts anew after the inner one: it is never used up"
-)
 def test_the_time_that_passed_inside_counts_for_the_outer_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -657,9 +640,6 @@ def test_a_folder_that_is_no_site_is_a_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["absent", "a file"])
-@pytest.mark.xfail(
-    strict=True, reason="the folder is entered outside respond(): its name travels with code 2"
-)
 def test_a_site_folder_that_is_not_there_is_a_code_and_no_exception(
     tmp_path: Path, missing: str
 ) -> None:
