@@ -36,7 +36,10 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
     training = training_of(settings, federated)
     student = student_factory(settings, shape, classes)
-    clients: list[Client | Member] = [Member(name) for name in settings.deployment.sites]
+    agreed = settings.deployment
+    clients: list[Client | Member] = [
+        Member(name, agreed.most_rows or None) for name in agreed.sites
+    ]
     clients += [
         Client(
             name,

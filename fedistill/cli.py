@@ -237,9 +237,9 @@ def deploy_init(
 
     chosen = config.load(settings) if settings else None
     names = [name.strip() for name in sites.split(",") if name.strip()]
-    from fedistill.flower.founding import found
+    from fedistill.flower.founding import write_deployment
 
-    found(folder, names, chosen, host=host, port=port)
+    write_deployment(folder, names, chosen, host=host, port=port)
     typer.echo(f"{folder}: read {folder / 'README.md'}, then `fedistill deploy trial {folder}`")
 
 

@@ -65,8 +65,8 @@ class Member:
 
     Attributes:
         id: as :attr:`Client.id`.
-        rows: agreed number of its rows, rounded to a power of two; None: what its first upload
-            declares.
+        rows: it counts with at most so many rows, whatever it declares; None: with what its first
+            upload declares.
     """
 
     id: str
@@ -304,7 +304,6 @@ class Site:
         A run that the site has not met starts with the student as it was built.
         """
         self.runs, self.untaught = folder, self.learner.state_dict()
-        store.probe(folder)
 
     def recall(self, plan: Plan) -> str | None:
         """Go on from the state on disk, where another process may have done the last step.
@@ -313,7 +312,7 @@ class Site:
             A note if an older generation of the state had to be used.
 
         Raises:
-            Rejected: the name of the run cannot be that of a folder.
+            Rejected: the name of the run cannot be that of a folder, or a later round was answered.
             CheckpointError: as :meth:`restore`.
         """
         if self.runs is not None:
@@ -323,13 +322,31 @@ class Site:
                 self.learner.load_state_dict(self.untaught, self.client.data)
                 self._begin()
             self.path = self.runs / plan.run / "state"
-            store.probe(self.path.parent)
+            self._never_back(plan)
         return self.restore(plan.run, plan.round)
+
+    def _never_back(self, plan: Plan) -> None:
+        """A real site does not train from an older state because the server says an older round.
+
+        Two different uploads for one round would come of it, and twice the privacy loss. What was
+        answered is sent again for as long as it is kept: the last round, and the one before.
+        """
+        assert self.path is not None
+        if not self.path.exists():
+            return
+        newest = store.load_state(self.path)[1]["round"]
+        if newest <= plan.round:
+            return
+        before = store.previous(self.path)
+        if not before.exists() or store.load_state(before)[1]["round"] != plan.round:
+            raise Rejected("stale_round", f"round {plan.round} was answered, now {newest}")
 
     def save(self) -> None:
         """Write learner, soft targets and the stored answer in one file, whole or not at all."""
         if self.path is None:
             return
+        if not self.path.parent.is_dir():
+            store.probe(self.path.parent)
         arrays = {f"learner.{name}": value for name, value in self.learner.state_dict().items()}
         arrays |= {
             "targets": self.targets,

@@ -12,7 +12,9 @@ import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -21,7 +23,7 @@ from fedistill.assembly import method_of, model_factory, recipe
 from fedistill.client import Client, Site
 from fedistill.config import DataSettings, Settings, SiteSettings, TrainSettings
 from fedistill.data import Federated
-from fedistill.data.files import data_root
+from fedistill.data.files import find_files
 from fedistill.data.npz import load_arrays
 from fedistill.data.site import Public, read_public, split
 from fedistill.distill.learner import Learner
@@ -114,7 +116,7 @@ class Workplace:
             Rejected: ``policy``.
         """
         policy = self.settings.policy
-        known = {place.name for place in (self.state / "runs").glob("*")}
+        known = {place.parent.name for place in (self.state / "runs").glob("*/state")}
         if policy.runs and plan.run not in known and len(known) >= policy.runs:
             raise Rejected("policy", f"this site answers {policy.runs} runs")
         if policy.rounds and plan.round > policy.rounds:
@@ -166,8 +168,12 @@ def site_id(folder: Path) -> str:
     return config.load_site(folder / SITE_FILE).id
 
 
-def open_site(folder: str | Path) -> Workplace:
-    """A real site from its folder.
+def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
+    """A real site from its folder. Nothing is written until it answers a round.
+
+    Args:
+        folder: where ``site.toml`` lies.
+        cache: keep the rows that were read in ``state/cache``, or take them from there.
 
     Raises:
         SettingsError: ``site.toml`` or ``federation.toml`` is wrong, or they do not fit together.
@@ -182,7 +188,7 @@ def open_site(folder: str | Path) -> Workplace:
         raise SettingsError([Problem("id", text)], str(folder / SITE_FILE))
     with contextlib.chdir(folder):
         public = public_rows(agreed)
-        rows, test = own_rows(settings, agreed, public)
+        rows, test = own_rows(settings, agreed, public, cache=cache)
     training = site_training(settings, agreed)
     shape = public.proxy.inputs.shape[1:]
     client = Client(
@@ -226,14 +232,16 @@ def own_data(settings: SiteSettings, agreed: Settings) -> DataSettings:
     return dataclasses.replace(agreed.data, **own)
 
 
-def own_rows(settings: SiteSettings, agreed: Settings, public: Public) -> tuple[Rows, Rows]:
+def own_rows(
+    settings: SiteSettings, agreed: Settings, public: Public, *, cache: bool = False
+) -> tuple[Rows, Rows]:
     """The site's rows to train on and to test on.
 
     Reading a large table takes longer than a step, and every message is served by a new process:
     what was read is kept in ``state/cache``, for as long as the files and settings are unchanged.
     """
     data = own_data(settings, agreed)
-    kept = _cache(settings, agreed, public)
+    kept = _cache(settings, agreed, public) if cache else None
     if kept is not None and (found := _cached(kept)) is not None:
         return found
     rows = public.own(data.source, data)
@@ -253,12 +261,13 @@ def _cache(settings: SiteSettings, agreed: Settings, public: Public) -> Path | N
         prefix, _, name = source.partition(":")
         if not source:
             continue
-        if prefix not in {"csv", "parquet"}:
+        if prefix != "csv":  # others are quick to read, or name files that no stamp would cover
             return None
-        for place in sorted(data_root(settings.data.path).glob(f"{name}*")):
+        for place in find_files(settings.data.path, name):
             facts = place.stat()
             stamps.append(f"{place}:{facts.st_size}:{facts.st_mtime_ns}")
-    told = [config.to_toml(settings), config.to_toml(agreed), public.proxy.fingerprint, *stamps]
+    told = [version("fedistill"), config.to_toml(settings), config.to_toml(agreed)]
+    told += [public.proxy.fingerprint, *stamps]
     digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
     return Path(STATE) / "cache" / f"rows-{digest}.npz"
 
@@ -272,27 +281,30 @@ def _cached(path: Path) -> tuple[Rows, Rows] | None:
 
 
 def _remember(path: Path, rows: Rows, test: Rows) -> None:
-    store.probe(path.parent)
-    os.chmod(path.parent, 0o700)
-    for old in path.parent.glob("rows-*.npz"):
-        old.unlink(missing_ok=True)
-    with contextlib.suppress(OSError), _private(path) as temporary:
-        np.savez(
-            temporary,
-            inputs=rows.inputs,
-            labels=rows.labels,
-            test_inputs=test.inputs,
-            test_labels=test.labels,
-        )
+    """Keep what was read; where that cannot be, it is read again next time."""
+    with contextlib.suppress(OSError, RunError):
+        store.probe(path.parent)
+        path.parent.chmod(0o700)
+        for old in path.parent.glob("rows-*.npz"):
+            old.unlink(missing_ok=True)
+        with _private(path) as file:
+            np.savez(
+                file,
+                inputs=rows.inputs,
+                labels=rows.labels,
+                test_inputs=test.inputs,
+                test_labels=test.labels,
+            )
 
 
 @contextlib.contextmanager
-def _private(path: Path) -> Iterator[Path]:
+def _private(path: Path) -> Iterator[BinaryIO]:
     """A file for this user's eyes alone, in place only when it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.touch(mode=0o600)
-        yield temporary
+        with temporary.open("wb") as file:
+            yield file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

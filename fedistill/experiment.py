@@ -265,7 +265,7 @@ def telling(federation: Federation) -> Iterator[None]:
         yield
     except BaseException as error:
         here = {"run": federation.server.run, "round": federation.server.round}
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # Flower ends its apps by exit
             event("run_interrupted", **here)
         else:
             reason = "quorum" if isinstance(error, QuorumError) else type(error).__name__

@@ -231,6 +231,9 @@ class DeploymentSettings:
     grace: float = setting(
         15.0, "seconds that an offline site is waited for once all others have answered", low=0
     )
+    most_rows: int = setting(
+        0, "rows that a site counts with at most, whatever it declares; 0: what it declares", low=0
+    )
     superlink: str = setting("127.0.0.1:9091", "host:port at which the coordinator starts runs")
     ca: str = setting("ca.crt", "certificate of the authority that signed the SuperLink's")
     keys: str = setting("sites", "folder of the sites' public keys, ID.pub")

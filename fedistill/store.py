@@ -83,13 +83,27 @@ def probe(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.rglob(".*.*.*"):
-            if re.fullmatch(r"\..+\.\d+\.(tmp|link)", leftover.name):
+            owner = re.fullmatch(r"\..+\.(\d+)\.(?:tmp|link)", leftover.name)
+            if owner and not _lives(int(owner[1])):
                 leftover.unlink(missing_ok=True)
         test = folder / ".probe"
         test.write_bytes(b"fedistill")
         test.unlink()
     except OSError as error:
         raise _cannot_write(folder, error) from None
+
+
+def _lives(process: int) -> bool:
+    """Whether another process of this number is there, and may be writing."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 @contextlib.contextmanager

@@ -31,13 +31,17 @@ class Tally:
         self.started = time.monotonic()
         self.bytes_up: int = before.bytes_up if before else 0
         self.bytes_down: int = before.bytes_down if before else 0
-        self.bytes_down += len(plan.to_bytes()) * len(plan.clients) if travels else 0
+        self._plan_size = len(plan.to_bytes()) if travels else 0
+        self._told: set[str] = set()
 
     def take(self, reply: Reply | Failure, server: Server) -> None:
         """Count a reply, and let it in or note why not."""
         self.heard += 1
         # Who was not enrolled may call itself anything: its name is not for the log as it is.
         name = reply.client if reply.client in server.enrolled else _code(reply.client)
+        if name in self.plan.clients and name not in self._told:
+            self._told.add(name)
+            self.bytes_down += self._plan_size * reply.asked
         if isinstance(reply, Failure):
             self._drop(name, _code(reply.reason))
             return

@@ -256,14 +256,14 @@ def cached(folder: Path) -> list[Path]:
 def test_rows_are_read_once_and_kept_for_the_owners_eyes_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = open_site(folder).site.client
+    first = open_site(folder, cache=True).site.client
     (kept,) = cached(folder)
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
     assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
     monkeypatch.setattr(
         deployment.Public, "own", lambda *a: pytest.fail("it read the file a second time")
     )
-    again = open_site(folder).site.client
+    again = open_site(folder, cache=True).site.client
     assert again.test is not None
     assert first.test is not None
     for found, wanted in ((again.data, first.data), (again.test, first.test)):
@@ -283,10 +283,10 @@ CHANGED: dict[str, tuple[str, str, str]] = {
 def test_what_was_kept_falls_with_what_it_was_made_from(
     file: str, old: str, new: str, folder: Path
 ) -> None:
-    before = open_site(folder).site.client
+    before = open_site(folder, cache=True).site.client
     (old_kept,) = cached(folder)
     change(folder, file, old, new)
-    after = open_site(folder).site.client
+    after = open_site(folder, cache=True).site.client
     (kept,) = cached(folder)
     assert kept != old_kept
     assert rows_of(before) != rows_of(after)
@@ -299,10 +299,10 @@ def rows_of(client: Client) -> list[Any]:
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no more", b"garbage" * 100])
 def test_what_was_kept_and_is_damaged_is_read_afresh(folder: Path, content: bytes) -> None:
-    first = open_site(folder).site.client
+    first = open_site(folder, cache=True).site.client
     (kept,) = cached(folder)
     kept.write_bytes(content)
-    again = open_site(folder).site.client
+    again = open_site(folder, cache=True).site.client
     np.testing.assert_array_equal(first.data.inputs, again.data.inputs)
 
 
@@ -313,15 +313,15 @@ def test_nothing_is_kept_of_rows_that_load_at_once(folder: Path) -> None:
     change(folder, "federation.toml", "csv:public.csv", "npz:public.npz")
     told = re.sub("proxy_sha256 = .*", "", (folder / "federation.toml").read_text())
     (folder / "federation.toml").write_text(told)
-    assert len(open_site(folder).site.client.data) == 18
+    assert len(open_site(folder, cache=True).site.client.data) == 18
     assert cached(folder) == []
 
 
 def test_how_files_are_read_is_as_agreed_where_the_site_does_not_say(folder: Path) -> None:
     (folder / "site.toml").write_text('id = "north"\n[data]\nsource = "csv:own.csv"\n')
-    place = open_site(folder)
+    place = open_site(folder, cache=True)
     assert len(place.site.client.data) == 19
-    again = open_site(folder).site.client
+    again = open_site(folder, cache=True).site.client
     assert len(again.data) == 19
     assert len(cached(folder)) == 1
 
@@ -333,7 +333,7 @@ def test_a_full_disk_keeps_nothing_and_opens_the_site_all_the_same(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    assert len(open_site(folder).site.client.data) == 18
+    assert len(open_site(folder, cache=True).site.client.data) == 18
     assert cached(folder) == []
 
 
@@ -410,3 +410,15 @@ def test_members_need_a_method_that_shares_predictions() -> None:
         Federation([Member("a"), Member("a")], proxy(), classes=["x", "y"])
     with pytest.raises(DataError, match="rename the client"):
         Member("../a")
+
+
+def test_rows_at_an_absolute_path_are_cached_too(folder: Path) -> None:
+    text = (folder / "site.toml").read_text()
+    name = text.partition('source = "csv:')[2].partition('"')[0]
+    place = folder / "elsewhere" / name
+    place.parent.mkdir()
+    (folder / name).rename(place)
+    (folder / "site.toml").write_text(text.replace(f"csv:{name}", f"csv:{place}"))
+    first = open_site(folder, cache=True).site.client
+    assert len(cached(folder)) == 1
+    assert len(open_site(folder, cache=True).site.client.data) == len(first.data)

@@ -15,6 +15,8 @@ class Reply:
 
     client: str
     data: bytes
+    asked: int = 1
+    """How often the plan was sent for it."""
 
 
 class Backend(Protocol):

@@ -114,9 +114,9 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         if federation is None:
-            from fedistill.flower import serve
+            from fedistill.flower import jobs, serve
 
-            serve.serve(grid, context.run_config)
+            serve.serve(grid, jobs.pick_up(str(context.run_config["job"])))
             return
         ours = federation(context.run_config)
         names = tuple(member.id for member in ours.members)

@@ -8,6 +8,7 @@ half-way holds up nobody but its sender.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -104,7 +105,8 @@ class FlowerBackend:
                         yield outcome
         for site in sorted(state.waiting):
             reason = "deadline" if site in state.asked.values() else "offline"
-            yield Failure(site, plan.round, state.last.get(site, reason))
+            tries = state.tries.get(site, 0)
+            yield Failure(site, plan.round, state.last.get(site, reason), tries)
 
     def _ask(
         self,
@@ -128,9 +130,10 @@ class FlowerBackend:
         ]
         if not requests:
             return
+        for site in ready:  # counted before: a push that breaks off may have sent it
+            state.tries[site] = state.tries.get(site, 0) + 1
         self.grid.push_messages(requests)
         for site, sent in zip(ready, requests, strict=True):
-            state.tries[site] = state.tries.get(site, 0) + 1
             if sent.metadata.message_id:  # else it was refused: it is tried again
                 state.asked[sent.metadata.message_id] = site
                 inbox.expect(sent.metadata.message_id)
@@ -148,7 +151,7 @@ class FlowerBackend:
             return None
         state.waiting.discard(site)
         state.uploads += isinstance(outcome, Reply)
-        return outcome
+        return dataclasses.replace(outcome, asked=state.tries[site])
 
 
 class _Inbox:
@@ -180,6 +183,8 @@ class _Inbox:
             raise
         except Exception as error:
             self._note(error)
+        else:
+            self.failures = 0
 
     def _note(self, error: Exception) -> None:
         """One more failure of the transport; wait a little before the next try."""

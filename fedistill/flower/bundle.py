@@ -24,12 +24,7 @@ serverapp = "fdapp.apps:server"
 clientapp = "fdapp.apps:client"
 
 [tool.flwr.app.config]
-settings = ""
-folder = ""
-out = ""
-name = ""
-resume = false
-outcome = ""
+job = ""
 """,
     "fdapp/__init__.py": "",
     "fdapp/apps.py": '''\

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from fedistill.data.npz import Arrays
 from fedistill.errors import DataError, Problem, SettingsError
 from fedistill.flower.bundle import SIMULATION
 from fedistill.flower.kit import Kit, write_kit
-from fedistill.settings import OwnDataSettings, TrainOverrides
+from fedistill.settings import OwnDataSettings, PolicySettings, TrainOverrides
 from fedistill.types import ProxySet, Rows
 
+RUNS = 20
+"""Runs that a site answers until its administrator says otherwise."""
 EXAMPLE = """
 seed = 7
 rounds = 5
@@ -46,7 +49,26 @@ epochs = 15
 """What is deployed if nothing is named: scikit-learn's digits, dealt to the sites."""
 
 
-def found(
+@dataclass(frozen=True, eq=False)
+class Parties:
+    """What each party of a deployment gets.
+
+    Attributes:
+        agreed: the settings that all hold.
+        settings: each site's own.
+        public: files for everybody.
+        coordinator: files for the coordinator.
+        own: files for each site.
+    """
+
+    agreed: Settings
+    settings: Mapping[str, SiteSettings]
+    public: Mapping[str, bytes]
+    coordinator: Mapping[str, bytes] = field(default_factory=dict)
+    own: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+
+
+def write_deployment(
     folder: Path,
     sites: Sequence[str],
     settings: Settings | None = None,
@@ -69,55 +91,63 @@ def found(
         RunError: the folder is not empty.
     """
     settings = settings or config.parse(EXAMPLE)
-    if settings.deployment.classes:
-        agreed, public = _agree_on_files(settings, tuple(sites))
-        kind = agreed.proxy.path.partition(":")[0]
-        # No file of this name is there: a site that forgets to name its rows is told so.
-        rows = OwnDataSettings(source=f"{kind}:rows.{kind}")
-        own = {site: SiteSettings(id=site, data=rows) for site in sites}
-        _check(agreed)
-        write_kit(
-            folder,
-            Kit(
-                sites=tuple(sites),
-                host=host,
-                port=port,
-                federation=config.to_toml(agreed, config.comment),
-                site_settings={site: config.to_toml(own[site], config.comment) for site in sites},
-                public=public,
-            ),
-        )
-        return
-    alike = as_simulation(settings, tuple(sites))
+    alike = None if settings.deployment.classes else as_simulation(settings, tuple(sites))
+    if alike is None:
+        parties = _with_rows_of_their_own(settings, tuple(sites))
+    else:
+        _check(alike)
+        parties = _dealt_to(alike, tuple(sites))
+    _check(parties.agreed)
+    kit = Kit(
+        sites=tuple(sites),
+        host=host,
+        port=port,
+        federation=config.to_toml(parties.agreed, config.comment),
+        site_settings={
+            site: config.to_toml(own, config.comment) for site, own in parties.settings.items()
+        },
+        public=parties.public,
+        coordinator=parties.coordinator,
+        own=parties.own,
+    )
+    write_kit(folder, kit)
+    if alike is not None:
+        (folder / SIMULATION).write_text(config.to_toml(alike))
+
+
+def _dealt_to(alike: Settings, sites: tuple[str, ...]) -> Parties:
+    """The rows of an experiment, dealt to the sites as to its clients."""
     dealt = data.prepare(alike.data, alike.proxy, alike.clients, alike.seed)
     if set(dealt.parts) != set(sites):
         known = ", ".join(dealt.parts)
         text = f"expected the sites that the data has ({known}), found {', '.join(sites)}"
         raise SettingsError([Problem("--sites", text)])
-    public = {"proxy.npz": archive({"inputs": dealt.dataset.public.inputs})}
-    agreed = _agree(alike, dealt)
-    _check(alike)
-    _check(agreed)
-    write_kit(
-        folder,
-        Kit(
-            sites=tuple(sites),
-            host=host,
-            port=port,
-            federation=config.to_toml(agreed, config.comment),
-            site_settings={
-                site: config.to_toml(_site(site, alike, dealt), config.comment) for site in sites
-            },
-            public=public,
-            coordinator=_labelled("test.npz", dealt.dataset.test),
-            own={
-                site: _labelled("rows.npz", dealt.parts[site])
-                | _labelled("own-test.npz", dealt.tests.get(site))
-                for site in sites
-            },
-        ),
+    return Parties(
+        agreed=_agree(alike, dealt),
+        settings={site: _site(site, alike, dealt) for site in sites},
+        public={"proxy.npz": archive({"inputs": dealt.dataset.public.inputs})},
+        coordinator=_labelled("test.npz", dealt.dataset.test),
+        own={
+            site: _labelled("rows.npz", dealt.parts[site])
+            | _labelled("own-test.npz", dealt.tests.get(site))
+            for site in sites
+        },
     )
-    (folder / SIMULATION).write_text(config.to_toml(alike))
+
+
+def _with_rows_of_their_own(settings: Settings, sites: tuple[str, ...]) -> Parties:
+    """Public rows for all; the sites put in their own."""
+    agreed, public = _agree_on_files(settings, sites)
+    kind = agreed.proxy.path.partition(":")[0]
+    # No file of this name is there: a site that forgets to name its rows is told so.
+    rows = OwnDataSettings(source=f"{kind}:rows.{kind}")
+    own = {site: SiteSettings(id=site, data=rows, policy=_policy(agreed)) for site in sites}
+    return Parties(agreed, own, public)
+
+
+def _policy(agreed: Settings) -> PolicySettings:
+    """Limits to start from: as many rounds as were agreed on, and as many again; some runs."""
+    return PolicySettings(runs=RUNS, rounds=2 * agreed.rounds)
 
 
 def _check(agreed: Settings) -> None:
@@ -220,6 +250,7 @@ def _site(site: str, alike: Settings, dealt: Federated) -> SiteSettings:
             test_rows=0,
         ),
         training=TrainOverrides(**changed),
+        policy=_policy(alike),
     )
 
 

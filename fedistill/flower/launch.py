@@ -12,23 +12,32 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedistill import config
+from fedistill import config, store
 from fedistill.config import Settings
-from fedistill.errors import FedistillError, MissingExtra, QuorumError, RunError
-from fedistill.flower import processes
+from fedistill.errors import (
+    CheckpointError,
+    DataError,
+    FedistillError,
+    MissingExtra,
+    QuorumError,
+    RunError,
+)
+from fedistill.flower import jobs, processes
 from fedistill.flower.bundle import write_app
-from fedistill.flower.outcome import at_work, outcome
+from fedistill.flower.outcome import Outcome, at_work, outcome
 from fedistill.log import read_events
 from fedistill.runs import EVENTS, Show, Summary, default_folder, guard, silent
 
 CONNECTION = "superlink"
 LOOK = 0.2
 """Seconds between two looks at the run folder."""
+FAREWELL = 60.0
+"""Seconds that the server's process has to end in; it holds the run folder until then."""
 SILENCE = 90.0
 """Seconds in which a submitted run must begin, or tell why not."""
 
@@ -63,12 +72,23 @@ def run(
     real = bool(settings.deployment.sites)
     base = file.resolve().parent if real else Path.cwd()
     nodes, fedavg = (len(settings.deployment.sites), None) if real else _clients(settings)
-    with tempfile.TemporaryDirectory(prefix="fedistill-flower-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="job-", dir=_jobs(base) if real else None) as scratch:
         job = Job(settings, name, folder, base, resume, Path(scratch), nodes, fedavg)
         with reach(job) if real else engine(job) as submission:
             follow(job, submission, show)
     summary: Summary = json.loads((folder / "summary.json").read_text())
     return summary | {"folder": str(folder)}
+
+
+def _jobs(base: Path) -> Path:
+    """Where the SuperLink of a deployment finds its jobs: its service has a ``/tmp`` of its own.
+
+    Raises:
+        RunError: this user may not write there.
+    """
+    folder = base / "flower"
+    store.probe(folder)
+    return folder
 
 
 def _clients(settings: Settings) -> tuple[int, int | None]:
@@ -114,18 +134,21 @@ class Job:
         """Where the server says how the run ended."""
         return self.scratch / "outcome.json"
 
-    def told(self) -> dict[str, str | bool]:
-        """What the server app is told, as Flower's run configuration."""
+    def lay_down(self) -> str:
+        """Write down what the server app is to do; the name that Flower tells it."""
         settings = self.scratch / "settings.toml"
         settings.write_text(config.to_toml(self.settings))
-        return {
-            "settings": str(settings),
-            "folder": str(self.base),
-            "out": str(self.folder),
-            "name": self.name,
-            "resume": self.resume,
-            "outcome": str(self.outcome),
-        }
+        return jobs.lay_down(
+            self.scratch,
+            {
+                "settings": str(settings),
+                "folder": str(self.base),
+                "out": str(self.folder),
+                "name": self.name,
+                "resume": self.resume,
+                "outcome": str(self.outcome),
+            },
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +193,12 @@ def engine(job: Job) -> Iterator[Submission]:
     home, port = job.scratch / "home", processes.free_port()
     write_connection(home, f"127.0.0.1:{port}")
     # The engine starts a server process per run; everything that it starts inherits this.
-    env = processes.environment(home, OMP_NUM_THREADS="1", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
+    env = processes.environment(
+        home,
+        OMP_NUM_THREADS="1",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+        **{jobs.FOLDER: str(job.scratch.parent)},
+    )
     control = f"127.0.0.1:{processes.free_port()}"
     command = [str(processes.binary("flower-superlink")), "--insecure", "--simulation"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--control-api-address", control]
@@ -230,11 +258,8 @@ def submit(job: Job, app: Path, env: Mapping[str, str], *more: str) -> int:
     Raises:
         RunError: the SuperLink is not there, or refused.
     """
-    told = job.scratch / "run.toml"
-    told.write_text(
-        "".join(f"{key} = {config.to_value(value)}\n" for key, value in job.told().items())
-    )
-    command = [flwr(), "run", str(app), CONNECTION, "-c", str(told), "--format", "json", *more]
+    chosen = f'job="{job.lay_down()}"'
+    command = [flwr(), "run", str(app), CONNECTION, "-c", chosen, "--format", "json", *more]
     code, text = processes.output_of(command, env=env, cwd=job.scratch)
     answer = _json_in(text)
     if code or not answer.get("run-id"):
@@ -268,12 +293,17 @@ def follow(job: Job, submission: Submission, show: Show) -> None:
         for title, folder in _parts(job):
             _follow_one(job, submission, show, title, folder)
         _wait(job, submission)
-    except KeyboardInterrupt:
-        submission.stop()
+    except BaseException:
+        # Also where the run seems dead: nobody may go on with it behind our back.
+        with contextlib.suppress(RunError):
+            submission.stop()
+        end = time.monotonic() + FAREWELL
+        while at_work(job.outcome) and submission.alive() and time.monotonic() < end:
+            time.sleep(LOOK)
         raise
-    code, text = outcome(job.outcome) or (3, "")
-    if code:
-        raise _as_it_was(code, text)
+    ended = outcome(job.outcome)
+    if ended is not None and ended.code:
+        raise _as_it_was(ended)
 
 
 def _parts(job: Job) -> Iterator[tuple[str, Path]]:
@@ -349,9 +379,14 @@ def _progress(folder: Path) -> tuple[int, int]:
     return heard, max(asked, 1)
 
 
-def _as_it_was(code: int, text: str) -> FedistillError:
+KINDS: Mapping[str, type[FedistillError]] = {
+    kind.__name__: kind for kind in (DataError, QuorumError, CheckpointError)
+}
+"""Errors of the server that have a class of their own; others are a RunError."""
+
+
+def _as_it_was(ended: Outcome) -> FedistillError:
     """The server's error, as this process would have raised it."""
-    kinds: Sequence[type[FedistillError]] = (QuorumError, RunError)
-    error = (kinds[0] if "quorum" in text else kinds[1])(text)
-    error.exit_code = code
+    error = KINDS.get(ended.kind, RunError)(ended.text)
+    error.exit_code = ended.code
     return error

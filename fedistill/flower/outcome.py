@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedistill import store
@@ -24,22 +26,35 @@ def outcome_in(path: Path) -> Iterator[None]:
         try:
             yield
         except FedistillError as error:
-            store.save_json(path, {"code": error.exit_code, "text": str(error)})
+            _write(path, Outcome(error.exit_code, type(error).__name__, str(error)))
         except BaseException as error:
-            text = f"the server broke off ({type(error).__name__}): see the log of the SuperLink"
-            store.save_json(path, {"code": 3, "text": text})
+            kind = type(error).__name__
+            text = f"the server broke off ({kind}): see the log of the SuperLink"
+            _write(path, Outcome(3, kind, text))
             raise
         else:
-            store.save_json(path, {"code": 0, "text": ""})
+            _write(path, Outcome())
 
 
-def outcome(path: Path) -> tuple[int, str] | None:
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: an exit code, and the class and text of the error, if there was one."""
+
+    code: int = 0
+    kind: str = ""
+    text: str = ""
+
+
+def outcome(path: Path) -> Outcome | None:
     """How the server ended; None while it has not said."""
     try:
-        told = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return Outcome(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return None
-    return int(told["code"]), str(told["text"])
+
+
+def _write(path: Path, ended: Outcome) -> None:
+    store.save_json(path, dataclasses.asdict(ended))
 
 
 def at_work(path: Path) -> bool:

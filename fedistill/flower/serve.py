@@ -27,22 +27,22 @@ SIMULATED_DEADLINE = 24 * 3600.0
 """A simulation waits for its slowest client: nobody there is offline."""
 
 
-def serve(grid: Grid, told: Mapping[str, Any]) -> None:
+def serve(grid: Grid, job: Mapping[str, Any]) -> None:
     """Run an experiment over a grid.
 
     Args:
         grid: Flower's.
-        told: ``settings`` (path), ``folder`` (that relative paths start from), ``out``, ``name``,
+        job: ``settings`` (path), ``folder`` (that relative paths start from), ``out``, ``name``,
             ``resume``, and ``outcome``, the file that says how it ended.
     """
-    with outcome_in(Path(str(told["outcome"]))), contextlib.chdir(str(told["folder"])):
-        settings = config.load(str(told["settings"]))
+    with outcome_in(Path(str(job["outcome"]))), contextlib.chdir(str(job["folder"])):
+        settings = config.load(str(job["settings"]))
         engine = real_sites(grid, settings) if settings.deployment.sites else simulated(grid)
         experiment.run(
             settings,
-            name=str(told["name"]),
-            out=str(told["out"]),
-            resume=bool(told["resume"]),
+            name=str(job["name"]),
+            out=str(job["out"]),
+            resume=bool(job["resume"]),
             engine=engine,
         )
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedistill import config
+from fedistill import config, store
 from fedistill.errors import RunError
 from fedistill.flower import launch, processes
 from fedistill.flower.bundle import SIMULATION
@@ -122,19 +122,20 @@ def rehearse(folder: Path) -> Iterator[Trial]:
             f"fedistill deploy init {folder} --sites a,b,c writes them"
         )
     copy = folder / TRIAL
-    if copy.exists():
-        shutil.rmtree(copy)
-    copy.mkdir(mode=0o700)
-    for part in ("coordinator", "sites"):
-        shutil.copytree(folder / part, copy / part, symlinks=True)
-    trial = Trial(copy.resolve(), processes.free_port())
-    try:
-        yield trial
-    finally:
-        for child in trial.children[1:]:
-            child.ask_to_stop()
-        for child in reversed(trial.children):
-            child.stop(STOPPING)
+    with store.held(folder):
+        if copy.exists():
+            shutil.rmtree(copy)
+        copy.mkdir(mode=0o700)
+        for part in ("coordinator", "sites"):
+            shutil.copytree(folder / part, copy / part, symlinks=True)
+        trial = Trial(copy.resolve(), processes.free_port())
+        try:
+            yield trial
+        finally:
+            for child in trial.children[1:]:
+                child.ask_to_stop()
+            for child in reversed(trial.children):
+                child.stop(STOPPING)
 
 
 def trial(

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedistill import store
 from fedistill.client import Site
 from fedistill.deployment import STATE, Workplace, open_site
 from fedistill.errors import CheckpointError, DataError, Rejected, RunError, SettingsError
@@ -35,22 +36,28 @@ CODES: Mapping[type[Exception], str] = {
     SettingsError: "settings",
 }
 """What a site says of an error of its own; anything else is ``failed``."""
+MOST_PATIENCE = 7 * 86_400.0
+"""Seconds that a step may take, whatever the message says."""
 LAST_RESORT = 15.0
 """Seconds after the time limit when a step that did not notice it is ended with its process."""
 
 
-def respond(answering: Callable[[], Answering], message: bytes) -> dict[str, bytes | str]:
+def respond(
+    answering: Callable[[], Answering], message: bytes, patience: float = 0.0
+) -> dict[str, bytes | str]:
     """One message in, the fields of the answer out; never raises.
 
     Args:
         answering: opens the site; may fail, too.
         message: the plan, as it came.
+        patience: seconds after which the step is broken off; 0: never.
     """
     started = time.monotonic()
     facts = _facts(message)
     event("plan_received", **facts, bytes_down=len(message))
     try:
-        upload = answering()(message)
+        with time_limit(patience):
+            upload = answering()(message)
     except Rejected as refusal:
         event("step_refused", **facts, reason=refusal.reason)
         return {"reason": refusal.reason}
@@ -100,23 +107,29 @@ def at_real_site(folder: Path, message: bytes, patience: float) -> dict[str, byt
     folder = folder.resolve()
 
     def opened() -> Answering:
-        return functools.partial(answer_and_measure, open_site(folder))
+        return functools.partial(answer_and_measure, open_site(folder, cache=True))
 
     log = events_to(folder / STATE / EVENTS) if folder.is_dir() else contextlib.nullcontext()
-    with log, time_limit(patience):
-        return respond(opened, message)
+    with log:
+        # It comes from outside, and may be anything.
+        limit = patience if 0 < patience < MOST_PATIENCE else MOST_PATIENCE
+        return respond(opened, message, limit)
 
 
 def answer_and_measure(place: Workplace, message: bytes) -> bytes:
     """One round; what the student then makes of the site's own test rows stays in its own log."""
     site = place.site
-    with time_limit(place.settings.policy.seconds), computing(place.agreed.backend.threads):
-        place.prepare(message)
-        before = site.round
-        upload = site.answer(message)
+    store.probe(place.state)
+    with store.held(place.state), computing(place.agreed.backend.threads):
+        with time_limit(place.settings.policy.seconds):
+            place.prepare(message)
+            before = site.round
+            upload = site.answer(message)
         if site.client.test is not None and site.round != before:
-            found = measure(site.learner, site.client.test)["accuracy"]
-            event("measured", run=site.run, round=site.round, accuracy=found)
+            # The upload is final by now, whatever becomes of this.
+            with contextlib.suppress(Exception, TooSlow):
+                found = measure(site.learner, site.client.test)["accuracy"]
+                event("measured", run=site.run, round=site.round, accuracy=found)
         return upload
 
 

@@ -276,6 +276,8 @@ class Failure:
     client: str
     round: int
     reason: str
+    asked: int = 1
+    """How often the plan was sent to it; 0 to one that could not be reached."""
 
 
 def bucket(count: int) -> int:

@@ -32,7 +32,7 @@ from fedistill.flower import backend as backend_module
 from fedistill.flower import client_app, convert, outcome, roster, server_app
 from fedistill.log import events_to, read_events
 from fedistill.server import Server
-from fedistill.wire.messages import Plan
+from fedistill.wire.messages import Failure, Plan
 
 from .grid import (
     DROP,
@@ -255,6 +255,8 @@ def test_what_the_way_does_to_messages_leaves_no_trace_in_the_result(
     rows = list(fed.run(2, backend=over(grid, NAMES)))
     calm = coordinator()
     plain = list(calm.run(2, backend=over(five()[0], NAMES)))
+    for again, once in zip(rows, plain, strict=True):  # what was sent twice is counted twice
+        assert again.pop("bytes_down") >= once.pop("bytes_down")
     assert timeless(rows) == timeless(plain)
     assert fed.server.digest() == calm.server.digest()
 
@@ -308,9 +310,46 @@ def test_a_superlink_that_stays_away_ends_the_run_with_what_to_do(
     grid, _ = five()
     names = over(grid, NAMES)
     list(coordinator().run(1, backend=names))
-    grid.fetches_fail = 1 << 30
+
+    def away() -> Any:
+        raise ConnectionError("refused")
+
+    monkeypatch.setattr(backend_module, "RECOVERY", 0.01)
+    monkeypatch.setattr(grid, "get_node_ids", away)
     with pytest.raises(RunError, match=r"ConnectionError.*see whether it runs, then --resume"):
         list(coordinator().run(1, backend=names))
+
+
+def test_answers_that_can_never_be_fetched_are_lost_and_the_quorum_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backend_module, "RECOVERY", 0.01)
+    grid, _ = five()
+    names = over(grid, NAMES)
+    list(coordinator().run(1, backend=names))
+    grid.fetches_fail = 1 << 30
+    with pytest.raises(QuorumError, match="c0: lost"):
+        list(coordinator().run(1, backend=names))
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array(
+            dtype="uint8", shape=(4 * 10**14,), stype="numpy.ndarray", data=b"\x93NUMPY" + b"(" * 99
+        ),
+        Array(dtype="uint8", shape=(3,), stype="other", data=b"abc"),
+        Array(np.zeros((1, 10), np.float32)),
+    ],
+    ids=["a header that asks for all memory", "another kind", "an array of floats"],
+)
+def test_an_array_that_is_none_of_ours_is_not_even_opened(array: Array) -> None:
+    grid, _ = five()
+    list(coordinator().run(1, backend=over(grid, NAMES)))  # builds messages: flwr needs a run
+    asked = convert.request(convert.ROUND, 1, {"plan": b"x"}, group="1", ttl=9.0)
+    content = RecordDict({"f": ConfigRecord({}), "b": ArrayRecord({"upload": array})})
+    found = convert.heard("a", 1, Message(content, reply_to=asked))
+    assert found == Failure("a", 1, "format")
 
 
 @pytest.mark.parametrize("step", ["push_messages", "get_nodes"])
@@ -378,14 +417,15 @@ def test_below_the_quorum_the_run_ends_with_code_3_and_can_be_resumed(
     people: dict[str, Any] = {"rounds": 2, "deadline": 2.0, "out": tmp_path / "run"}
     with outcome.outcome_in(told):
         server_app(lambda run: coordinator(), **people)(grid, Context(1, 1, {}, RecordDict(), {}))
-    code, text = outcome.outcome(told) or (0, "")
-    assert code == 3
-    assert "the quorum is 3" in text
+    ended = outcome.outcome(told)
+    assert ended is not None
+    assert (ended.code, ended.kind) == (3, "QuorumError")
+    assert "the quorum is 3" in ended.text
     grid.fate = lambda node, group, n: 0
     with outcome.outcome_in(told):
         app = server_app(lambda run: coordinator(), **people, resume=True)
         app(grid, Context(1, 1, {}, RecordDict(), {}))
-    assert outcome.outcome(told) == (0, "")
+    assert outcome.outcome(told) == outcome.Outcome()
 
 
 def test_a_site_that_is_offline_is_waited_for_and_then_left_out(

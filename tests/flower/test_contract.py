@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from builders import read_lines, timeless
@@ -16,7 +18,7 @@ from fedistill import config, experiment
 from fedistill.assembly import assemble, method_of
 from fedistill.client import Client, Member, Site
 from fedistill.federation import Federation
-from fedistill.flower import client_app, convert, outcome, server_app, simulated
+from fedistill.flower import client_app, convert, jobs, outcome, server_app, simulated
 from fedistill.flower.roster import by_asking
 
 from .grid import InProcessGrid, over
@@ -158,7 +160,7 @@ def test_the_two_apps_of_a_user_give_the_same_too(rows: Any, serial: Path, tmp_p
 def told_to_serve(folder: Path, *, resume: bool = False, **changes: Any) -> dict[str, Any]:
     settings = folder / "settings.toml"
     settings.write_text(config.to_toml(dataclasses.replace(SETTINGS, **changes)))
-    return {
+    job = {
         "settings": str(settings),
         "folder": str(folder),
         "out": str(folder / "run"),
@@ -166,6 +168,9 @@ def told_to_serve(folder: Path, *, resume: bool = False, **changes: Any) -> dict
         "resume": resume,
         "outcome": str(folder / "outcome.json"),
     }
+    (folder / "job").mkdir(exist_ok=True)
+    jobs.lay_down(folder / "job", job)
+    return job
 
 
 def simulation(folder: Path, *, resume: bool = False, **changes: Any) -> tuple[int, str]:
@@ -174,11 +179,15 @@ def simulation(folder: Path, *, resume: bool = False, **changes: Any) -> tuple[i
     simulated._site.cache_clear()
     told = told_to_serve(folder, resume=resume, **changes)
     nodes = [{"partition-id": number, "num-partitions": 3} for number in range(3)]
-    grid = InProcessGrid(client_app(), nodes, run_config=told)
-    server_app()(grid, Context(1, 1, {}, RecordDict(), told))
+    serve_over(InProcessGrid(client_app(), nodes), folder)
     ended = outcome.outcome(Path(told["outcome"]))
     assert ended is not None
-    return ended
+    return ended.code, ended.text
+
+
+def serve_over(grid: InProcessGrid, folder: Path) -> None:
+    with mock.patch.dict(os.environ, {jobs.FOLDER: str(folder)}):
+        server_app()(grid, Context(1, 1, {}, RecordDict(), {"job": "job"}))
 
 
 def test_a_simulation_on_flower_gives_every_figure_of_the_serial_backend(
@@ -217,9 +226,8 @@ def test_a_simulation_whose_settings_are_wrong_says_so_and_how_to_mend_them(
 def test_a_node_too_many_is_left_out(tmp_path: Path, serial: Path) -> None:
     told = told_to_serve(tmp_path)
     nodes = [{"partition-id": number} for number in range(4)]
-    grid = InProcessGrid(client_app(), nodes, run_config=told)
-    server_app()(grid, Context(1, 1, {}, RecordDict(), told))
-    assert outcome.outcome(Path(told["outcome"])) == (0, "")
+    serve_over(InProcessGrid(client_app(), nodes), tmp_path)
+    assert outcome.outcome(Path(told["outcome"])) == outcome.Outcome()
     assert digest(tmp_path / "run") == digest(serial)
 
 

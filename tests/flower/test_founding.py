@@ -19,7 +19,7 @@ from fedistill.deployment import open_site
 from fedistill.errors import DataError, RunError, SettingsError
 from fedistill.flower import client_app
 from fedistill.flower.backend import FlowerBackend
-from fedistill.flower.founding import SIMULATION, found
+from fedistill.flower.founding import SIMULATION, write_deployment
 from fedistill.flower.roster import by_key, read_key
 
 from .grid import InProcessGrid
@@ -87,7 +87,7 @@ def simulated(folder: Path) -> Mapping[str, Any]:
 
 
 def founded(folder: Path, text: str = SMALL, sites: tuple[str, ...] = SITES) -> Path:
-    found(folder, sites, config.parse(text))
+    write_deployment(folder, sites, config.parse(text))
     return folder
 
 
@@ -157,7 +157,7 @@ def test_a_site_that_gets_no_rows_learns_and_does_not_teach(
 
 
 def test_the_default_is_an_experiment_on_digits(tmp_path: Path) -> None:
-    found(tmp_path / "d", SITES)
+    write_deployment(tmp_path / "d", SITES)
     settings = same_everywhere(tmp_path / "d")
     assert settings.deployment.classes == tuple("0123456789")
     assert config.load(tmp_path / "d" / SIMULATION).data.source == "digits"
@@ -314,7 +314,9 @@ def test_sites_that_cannot_be_folders_are_refused_and_nothing_is_written(
     sites: tuple[str, ...], tmp_path: Path
 ) -> None:
     with pytest.raises((SettingsError, RunError, DataError)):
-        found(tmp_path / "d", sites, config.parse(SMALL.replace("quorum = 2", "quorum = 1")))
+        write_deployment(
+            tmp_path / "d", sites, config.parse(SMALL.replace("quorum = 2", "quorum = 1"))
+        )
     assert not (tmp_path / "d").exists()
 
 

@@ -522,7 +522,7 @@ def test_the_app_bundle_is_small_and_holds_no_code_of_its_own(kit, tmp_path):
     assert project["tool"]["flwr"]["app"] == {
         "publisher": "fedistill",
         "components": {"serverapp": "fdapp.apps:server", "clientapp": "fdapp.apps:client"},
-        "config": {"settings": "", "out": "", "resume": False},
+        "config": {"job": ""},
     }
     subprocess.run(
         [BIN / "flwr", "build", "--app", kit / "coordinator" / "app"],

@@ -19,7 +19,7 @@ from builders import write_settings
 from fedistill import config
 from fedistill.cli import main
 from fedistill.errors import FedistillError, MissingExtra, QuorumError, RunError
-from fedistill.flower import launch, outcome
+from fedistill.flower import jobs, launch, outcome
 from fedistill.flower.bundle import APP, write_app
 from fedistill.flower.launch import Job, Submission
 
@@ -85,8 +85,8 @@ def rows(folder: Path, count: int) -> None:
     (folder / "rounds.jsonl").write_text("".join(lines))
 
 
-def ended(where: Job, code: int = 0, text: str = "") -> None:
-    where.outcome.write_text(json.dumps({"code": code, "text": text}))
+def ended(where: Job, code: int = 0, text: str = "", kind: str = "") -> None:
+    where.outcome.write_text(json.dumps({"code": code, "text": text, "kind": kind}))
 
 
 def submission(**changes: Any) -> Submission:
@@ -171,7 +171,7 @@ def test_the_servers_error_is_raised_here_with_its_code(
     code: int, text: str, kind: type[FedistillError], tmp_path: Path, hand: Hand
 ) -> None:
     where = job(tmp_path)
-    ended(where, code, text)
+    ended(where, code, text, kind.__name__)
     with pytest.raises(kind) as caught:
         launch.follow(where, submission(), Shown())
     assert (caught.value.exit_code, str(caught.value)) == (code, text)
@@ -235,14 +235,15 @@ def test_the_outcome_tells_an_exit_code_and_a_text(tmp_path: Path) -> None:
     with outcome.outcome_in(told):
         assert outcome.outcome(told) is None
         assert outcome.at_work(told)
-    assert outcome.outcome(told) == (0, "")
+    assert outcome.outcome(told) == outcome.Outcome()
     assert not outcome.at_work(told)
 
 
 def test_an_error_of_ours_is_told_and_not_raised_into_flower(tmp_path: Path) -> None:
     with outcome.outcome_in(tmp_path / "outcome.json"):
         raise QuorumError("the quorum is 3")
-    assert outcome.outcome(tmp_path / "outcome.json") == (3, "the quorum is 3")
+    told = outcome.Outcome(3, "QuorumError", "the quorum is 3")
+    assert outcome.outcome(tmp_path / "outcome.json") == told
 
 
 @pytest.mark.parametrize("error", [ValueError("row 17: 4711"), KeyboardInterrupt(), MemoryError()])
@@ -254,10 +255,11 @@ def test_any_other_error_is_told_by_its_kind_and_raised(
         outcome.outcome_in(tmp_path / "outcome.json"),
     ):
         raise error
-    code, text = outcome.outcome(tmp_path / "outcome.json") or (0, "")
-    assert code == 3
-    assert type(error).__name__ in text
-    assert "4711" not in text
+    told = outcome.outcome(tmp_path / "outcome.json")
+    assert told is not None
+    assert told.code == 3
+    assert type(error).__name__ in told.text
+    assert "4711" not in told.text
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"code": 0'])
@@ -287,21 +289,25 @@ def flwr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int]
     return put
 
 
-def test_a_run_is_submitted_with_its_settings_in_a_file(
-    tmp_path: Path, flwr: Callable[..., Path]
+def test_a_run_is_submitted_by_the_name_of_a_job_and_no_path_goes_to_the_sites(
+    tmp_path: Path, flwr: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = flwr('loading\n{"success": true, "run-id": "123"}\n')
     where = job(tmp_path)
     app = write_app(tmp_path / "app")
     assert launch.submit(where, app, {}, "--more", "x") == 123
-    assert asked.read_text().startswith(f"run {app} superlink -c {where.scratch}/run.toml")
-    assert asked.read_text().endswith("--more x\n")
-    told = tomllib.loads((where.scratch / "run.toml").read_text())
-    assert told == where.told()
+    name = where.scratch.name
+    line = f'run {app} superlink -c job="{name}" --format json --more x\n'
+    assert asked.read_text() == line
+    # Flower takes only keys that the app names.
+    assert set(tomllib.loads(APP["pyproject.toml"])["tool"]["flwr"]["app"]["config"]) == {"job"}
+    monkeypatch.setenv(jobs.FOLDER, str(where.scratch.parent))
+    told = jobs.pick_up(name)
     assert config.load(told["settings"]) == where.settings
-    # Flower takes only keys that the app names, and values of these types.
-    assert set(told) == set(tomllib.loads(APP["pyproject.toml"])["tool"]["flwr"]["app"]["config"])
-    assert {type(value) for value in told.values()} <= {str, bool}
+    assert (told["out"], told["resume"]) == (str(where.folder), False)
+    for other in ("../" + name, "absent", ""):
+        with pytest.raises(RunError, match="expected a job"):
+            jobs.pick_up(other)
 
 
 @pytest.mark.parametrize(

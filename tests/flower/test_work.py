@@ -212,7 +212,7 @@ def test_a_run_whose_name_is_no_folder_is_refused_and_makes_none(
     before = {path for path in tmp_path.rglob("*") if "state" not in path.parts}
     assert ask(folder, message) == {"reason": "run"}
     assert fits == []
-    assert list((folder / "state" / "runs").iterdir()) == []
+    assert not (folder / "state" / "runs").exists()
     assert {path for path in tmp_path.rglob("*") if "state" not in path.parts} == before
 
 
@@ -687,3 +687,45 @@ def test_a_private_row_is_in_no_reply(tmp_path: Path) -> None:
     assert json.dumps(str(folder)).encode() not in upload
     assert os.uname().nodename.encode() not in upload
     assert dataclasses.is_dataclass(open_site(folder))
+
+
+# --- one upload for one round, whatever the coordinator asks -------------------------------------
+
+
+def test_a_site_never_answers_one_round_with_two_uploads(tmp_path: Path) -> None:
+    """Asked out of order, it repeats what it keeps, and refuses the rest: it never trains back."""
+    folder = site_folder(tmp_path / "a")
+    plan = plans(folder, 7)
+    third, seventh = ask(folder, plan[2]), ask(folder, plan[6])
+    assert ask(folder, plan[2]) == third
+    assert ask(folder, plan[4]) == {"reason": "stale_round"}
+    assert ask(folder, plan[6]) == seventh
+    assert ask(folder, plan[0]) == {"reason": "stale_round"}
+
+
+@pytest.mark.parametrize("patience", [float("nan"), float("inf"), 1e300, -1.0, 0.0])
+def test_whatever_patience_comes_from_outside_the_step_is_done(
+    patience: float, tmp_path: Path
+) -> None:
+    folder = site_folder(tmp_path / "a")
+    assert "upload" in ask(folder, plans(folder, 1)[0], patience)
+
+
+def test_a_site_may_name_its_rows_by_an_absolute_path(tmp_path: Path) -> None:
+    folder = site_folder(tmp_path / "a")
+    (folder / "rows.npz").rename(tmp_path / "elsewhere.npz")
+    text = (folder / "site.toml").read_text()
+    (folder / "site.toml").write_text(text.replace("npz:rows.npz", f"npz:{tmp_path}/elsewhere.npz"))
+    assert "upload" in ask(folder, plans(folder, 1)[0])
+
+
+def test_measuring_can_fail_without_the_upload_being_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = site_folder(tmp_path / "a")
+
+    def broken(*args: Any) -> Any:
+        raise ValueError("4711")
+
+    monkeypatch.setattr(work, "measure", broken)
+    assert "upload" in ask(folder, plans(folder, 1)[0])
