@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
 from fedistill.distill.batches import Batch, Batches, Memory, local_batches, soft_batches
+from fedistill.distill.optimizer import Optimizer
 from fedistill.distill.recipe import Recipe
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
 from fedistill.seeding import derive
@@ -54,10 +55,8 @@ class WithFamiliarity(nn.Module):
         seen = self._features
         self._usable = seen is not None and seen.shape[:-1] == (len(example),)
         features = seen if seen is not None and self._usable else logits
-        # Not initialised, for that would draw from the global generator; it starts at zero.
-        self.score: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
-            nn.Linear, features.shape[-1], 1
-        )
+        with seeded(0):  # it starts at zero: what is drawn first must not move other draws
+            self.score = nn.Linear(features.shape[-1], 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
@@ -111,7 +110,7 @@ class TorchStudent:
         self._averaged = [p.detach().clone() for p in self._weights()] if recipe.average else []
         self._steps = 0
         self._memory: Memory | None = None
-        self._optimizer = _optimizer(recipe, self._weights())
+        self._optimizer = Optimizer(recipe, self._weights())
         self._physical = 1 << 30
 
     # --- the three methods of a learner --------------------------------------------------------
@@ -196,7 +195,7 @@ class TorchStudent:
             if name.startswith("optimizer."):
                 _, number, key = name.split(".")
                 home = value if key == "step" else value.to(self.device)
-                self._optimizer.state[weights[int(number)]][key] = home
+                self._optimizer.state.setdefault(weights[int(number)], {})[key] = home
         self._steps = int(state["steps"][0])
 
     # --- training ------------------------------------------------------------------------------
@@ -226,12 +225,10 @@ class TorchStudent:
             for step, batch in enumerate(batches):
                 falling = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
                 rate = recipe.lr * (falling if recipe.schedule == "cosine" else 1.0)
-                for group in self._optimizer.param_groups:
-                    group["lr"] = rate
                 self._backward(batch, loss)
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
-                self._optimizer.step()
+                self._optimizer.step(rate)
                 self._steps += 1
                 self._update_average(weights)
         self._net.eval()
@@ -239,7 +236,7 @@ class TorchStudent:
     def _backward(self, batch: Batch, loss: Callable[[Batch], Tensor]) -> None:
         """Gradient of one batch; out of memory, in parts that add up to the same."""
         while True:
-            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad()
             size = min(self._physical, len(batch))
             try:
                 for start in range(0, len(batch), size):
@@ -311,15 +308,3 @@ class TorchStudent:
 def _copied(tensor: Tensor) -> FloatArray:
     """The values now: on the CPU ``numpy()`` alone would share memory with the living weights."""
     return np.array(tensor.cpu().numpy())
-
-
-def _optimizer(recipe: Recipe, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer; biases and norms (vectors) are not decayed, as is usual."""
-    groups = [
-        {"params": [w for w in weights if w.dim() > 1], "weight_decay": recipe.weight_decay},
-        {"params": [w for w in weights if w.dim() <= 1], "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum or 0.0, foreach=True)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(groups, recipe.lr, foreach=True)

@@ -219,10 +219,7 @@ def test_a_cosine_rate_falls_and_starts_anew_with_each_call():
     learner = student(schedule="cosine", batch_size=10, epochs=4)
     rates = []
     step = learner._optimizer.step
-    learner._optimizer.step = lambda: (
-        rates.append(learner._optimizer.param_groups[0]["lr"]),
-        step(),
-    )
+    learner._optimizer.step = lambda rate: (rates.append(rate), step(rate))
     for seed in (1, 2):
         learner.fit(ROWS, seed=seed)
     assert rates[:12] == rates[12:]
