@@ -258,7 +258,7 @@ class Site:
 
     def encode(self, plan: Plan, probs: Probs, familiarity: FloatArray | None) -> Upload:
         """The upload: coded predictions and nothing else that is private."""
-        payload = codecs.CODECS[self.method.codec].encode(probs)
+        payload = codecs.encode(self.method.codec, probs, seed=self._seed(plan, "encode"))
         if familiarity is not None:
             payload += codecs.encode_familiarity(familiarity)
         labels = self.client.data.labels

@@ -30,6 +30,8 @@ from fedistill.types import FloatArray, Probs, ProxySet, Rows, State, fingerprin
 from fedistill.wire import codec as codecs
 from fedistill.wire.messages import Plan, RowSpec, Targets, Upload
 
+COARSE = 1.0
+"""Nats that a codec loses on a row when it sends little more than its class."""
 LARGEST_SIZE = 1 << 40
 """A claimed number of rows beyond this is absurd and refused; below, it is clamped."""
 
@@ -247,6 +249,7 @@ class Server:
         probs, weights, flags = flag_predictions(
             {answer.upload.client: answer.probs for answer in teachers},
             {a.upload.client: a.familiarity for a in teachers if a.familiarity is not None},
+            coarse=codecs.CODECS[self.method.codec].loss >= COARSE,
         )
         if (weights > 0).sum() < self.quorum:
             # Leaving the silent ones out would publish what too few clients said.
@@ -297,12 +300,14 @@ class Server:
     def _publish(self, plan: Plan, targets: Probs) -> None:
         """Code the targets and keep what everybody will decode, so that all learn from the same."""
         answered = ~np.isnan(targets).any(axis=1)
+        seed = derive(self.seed, "server", plan.round, "encode")
+        coded = codecs.encode(self.method.codec, targets[answered], seed=seed)
         self.targets = Targets(
             spec=plan.ask,
             codec=self.method.codec,
             classes=len(self.classes),
             missing=tuple(int(row) for row in np.flatnonzero(~answered)),
-            payload=codecs.pack(codecs.CODECS[self.method.codec].encode(targets[answered])),
+            payload=codecs.pack(coded),
         )
         rows = self.targets.rows()
         self.table[rows], self.stamp[rows] = self.targets.probs(), plan.round

@@ -18,7 +18,10 @@ SMOOTHING = 0.01
 
 
 def flag_predictions(
-    predictions: Mapping[str, Probs], familiarity: Mapping[str, FloatArray] | None = None
+    predictions: Mapping[str, Probs],
+    familiarity: Mapping[str, FloatArray] | None = None,
+    *,
+    coarse: bool = False,
 ) -> tuple[Probs, FloatArray, dict[str, list[str]]]:
     """Predictions stacked ``[clients, rows, classes]``, a weight each, and remarks.
 
@@ -32,6 +35,7 @@ def flag_predictions(
     Args:
         predictions: ``[rows, classes]`` by client, in the order of the result.
         familiarity: ``[rows]`` by client, where it is shared.
+        coarse: the codec sends little more than a class, so that anybody looks certain.
     """
     names = list(predictions)
     probs = np.array([predictions[name] for name in names], dtype=np.float64)
@@ -53,7 +57,7 @@ def flag_predictions(
         if len(rows) > 1 and np.ptp(said[index], axis=0).max() < 1e-9:
             flags.setdefault(name, []).append("constant")
             weights[index] = 0.0
-        elif len(rows) > 1 and rows.max(axis=1).min() > CERTAIN:
+        elif not coarse and len(rows) > 1 and rows.max(axis=1).min() > CERTAIN:
             flags.setdefault(name, []).append("overconfident")
             probs[index] = (1 - SMOOTHING) * rows + SMOOTHING / rows.shape[1]
     if not weights.any():
