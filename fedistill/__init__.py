@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from fedistill.client import Client, Member, Site
     from fedistill.config import Settings
     from fedistill.deployment import open_site
+    from fedistill.distill.distiller import Distiller
     from fedistill.distill.learner import Learner
     from fedistill.distill.recipe import Recipe
+    from fedistill.distill.teachers import EmaTeacher
     from fedistill.errors import FedistillError
     from fedistill.experiment import run
     from fedistill.federation import Federation
@@ -27,6 +29,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Client": "fedistill.client",
     "Dataset": "fedistill.types",
+    "Distiller": "fedistill.distill.distiller",
+    "EmaTeacher": "fedistill.distill.teachers",
     "Federation": "fedistill.federation",
     "FedistillError": "fedistill.errors",
     "Learner": "fedistill.distill.learner",
@@ -46,6 +50,8 @@ _MODULES = ("data", "losses", "metrics", "models", "testing")
 __all__ = [
     "Client",
     "Dataset",
+    "Distiller",
+    "EmaTeacher",
     "Federation",
     "FedistillError",
     "Learner",

@@ -190,8 +190,8 @@ def check_codec(codec: Codec | str, loss: float | None = None) -> None:
 
     Args:
         codec: the codec, or the name of one.
-        loss: largest mean KL(sent || decoded), in nats; None: what the codec says of itself. One that
-            may lose more than 0.01 may break ties, too.
+        loss: largest mean KL(sent || decoded), in nats; None: what the codec says of itself. One
+            that may lose more than 0.01 may break ties, too.
 
     >>> check_codec("u8")
     >>> check_codec("u8", loss=1e-6)  # doctest: +ELLIPSIS

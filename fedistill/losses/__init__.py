@@ -1,5 +1,17 @@
-"""Losses: pure functions of tensors and plain numbers that return one number."""
+"""Losses: pure functions of tensors and plain numbers that return one number.
 
+Each is a mean over rows, gives the teacher no gradient, computes in float32 at least and is 0 on
+an empty batch. ``teacher`` stands for logits, features or scores; ``targets`` for probabilities.
+"""
+
+from fedistill.losses.attention import attention_transfer
+from fedistill.losses.decoupled import decoupled_kd
+from fedistill.losses.directions import cosine
+from fedistill.losses.distillation import kd, label_loss, logit_kl
+from fedistill.losses.hints import hint, regressor
+from fedistill.losses.lists import ranking, ranking_order
+from fedistill.losses.logits import logit_mse
+from fedistill.losses.relational import relational_angle, relational_distance
 from fedistill.losses.soft_targets import (
     kl_divergence,
     logit_mae,
@@ -8,4 +20,23 @@ from fedistill.losses.soft_targets import (
     soften,
 )
 
-__all__ = ["kl_divergence", "logit_mae", "own_or_proxy", "soft_cross_entropy", "soften"]
+__all__ = [
+    "attention_transfer",
+    "cosine",
+    "decoupled_kd",
+    "hint",
+    "kd",
+    "kl_divergence",
+    "label_loss",
+    "logit_kl",
+    "logit_mae",
+    "logit_mse",
+    "own_or_proxy",
+    "ranking",
+    "ranking_order",
+    "regressor",
+    "relational_angle",
+    "relational_distance",
+    "soft_cross_entropy",
+    "soften",
+]

@@ -5,8 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedistill.errors import FedistillError
+
 SMALLEST = 1e-8
 """Targets are floored here before the logarithm; a float16 or label target may hold zeros."""
+TOLERANCE = 1e-3
+"""How far the sum of a target may be from 1: what float16 loses."""
 
 
 def soften(targets: Tensor, temperature: float) -> Tensor:
@@ -15,6 +19,27 @@ def soften(targets: Tensor, temperature: float) -> Tensor:
     if temperature == 1.0:
         return targets
     return (targets.clamp_min(SMALLEST).log() / temperature).softmax(dim=-1)
+
+
+def check_targets(logits: Tensor, targets: Tensor) -> None:
+    """Refuse anything else where probabilities are asked for.
+
+    Raises:
+        FedistillError: another shape than the logits', or rows that do not sum to 1.
+    """
+    if logits.shape != targets.shape:
+        raise FedistillError(
+            f"targets must have the shape {list(logits.shape)} of the logits, found "
+            f"{list(targets.shape)}"
+        )
+    sums = targets.detach().sum(dim=-1)
+    far = ~((sums - 1).abs() <= TOLERANCE)
+    if far.any() or (targets < 0).any():
+        raise FedistillError(
+            "targets must be probabilities, rows that sum to 1: found a row that sums to "
+            f"{float(sums[far][0] if far.any() else sums.flatten()[0]):.4g} or holds a negative "
+            "number; put logits through softmax first"
+        )
 
 
 def kl_divergence(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -27,7 +52,11 @@ def kl_divergence(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> 
         logits: student, ``[..., classes]``, before softmax; leading axes are rows.
         targets: probabilities of the same shape at temperature 1.
         temperature: T.
+
+    Raises:
+        FedistillError: targets of another shape, or rows that do not sum to 1.
     """
+    check_targets(logits, targets)
     student = F.log_softmax(logits / temperature, dim=-1).flatten(0, -2)
     teacher = soften(targets, temperature).flatten(0, -2)
     rows = max(len(student), 1)

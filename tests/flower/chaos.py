@@ -752,7 +752,9 @@ def intruders(folder: Path, *, rounds: int = 2, seed: int = 0) -> Fact:
                 FEDISTILL_NODE_PORT=processes.free_port(), FLWR_HOME=place / "state" / "flower"
             )
             log = ours.trial.folder / "logs" / f"{name}.log"
-            child = processes.start(name, command, log, env=env | processes.QUIET, cwd=place)
+            programs = f"{processes.binary('flwr').parent}{os.pathsep}{os.environ.get('PATH', '')}"
+            env |= processes.QUIET | {"PATH": programs}
+            child = processes.start(name, command, log, env=env, cwd=place)
             ours.trial.children.append(child)
             return child
 

@@ -379,6 +379,8 @@ def stand_in(folder, *names):
             'sys.argv[1:], "env": dict(os.environ), "cwd": os.getcwd()}))\n'
         )
         path.chmod(0o755)
+    (folder / "bin" / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (folder / "bin" / "python3").chmod(0o755)
     return folder
 
 
