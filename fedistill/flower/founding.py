@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,13 @@ from fedistill.data.npz import Arrays
 from fedistill.errors import DataError, Problem, SettingsError
 from fedistill.flower.bundle import SIMULATION
 from fedistill.flower.kit import Kit, write_kit
-from fedistill.settings import OwnDataSettings, PolicySettings, TrainOverrides
+from fedistill.settings import (
+    CLIENT_ID,
+    CLIENT_ID_WORDS,
+    OwnDataSettings,
+    PolicySettings,
+    TrainOverrides,
+)
 from fedistill.types import ProxySet, Rows
 
 RUNS = 20
@@ -90,6 +97,7 @@ def write_deployment(
         DataError: rows that cannot be read or dealt.
         RunError: the folder is not empty.
     """
+    _check_ids(sites)
     settings = settings or config.parse(EXAMPLE)
     alike = None if settings.deployment.classes else as_simulation(settings, tuple(sites))
     if alike is None:
@@ -151,8 +159,26 @@ def _policy(agreed: Settings) -> PolicySettings:
 
 
 def _check(agreed: Settings) -> None:
-    """Read the settings as every party will."""
-    config.parse(config.to_toml(agreed))
+    """Read the settings as every party will; nobody has seen them yet, so lines would mislead."""
+    try:
+        config.parse(config.to_toml(agreed))
+    except SettingsError as wrong:
+        raise SettingsError([Problem(each.key, each.text) for each in wrong.problems]) from None
+
+
+def _check_ids(sites: Sequence[str]) -> None:
+    """Refuse ids that could not be names of folders, before anything is made of them."""
+    problems = [
+        Problem("--sites", f"{CLIENT_ID_WORDS}, found {site[:64]!r}")
+        for site in sites
+        if not re.fullmatch(CLIENT_ID, site)
+    ]
+    if not sites:
+        problems.append(Problem("--sites", "expected ids with commas between, as in a,b,c"))
+    if len(set(sites)) < len(sites):
+        problems.append(Problem("--sites", "expected ids that differ, found one twice"))
+    if problems:
+        raise SettingsError(problems)
 
 
 def as_simulation(settings: Settings, sites: tuple[str, ...]) -> Settings:
