@@ -426,6 +426,12 @@ def _deployment_contradictions(
             "evaluation.baselines",
             "real sites cannot be compared with baselines, which need all rows in one place",
         )
+    if settings.evaluation.repeats > 1:
+        yield problem(
+            "evaluation.repeats",
+            "real sites train with the one agreed seed, found "
+            f"{settings.evaluation.repeats} repeats",
+        )
     if settings.method.preset in {"local", "centralised", "fedavg"}:
         yield problem(
             "method.preset",

@@ -361,6 +361,11 @@ IMPOSSIBLE: dict[str, tuple[str, str, str]] = {
         "[evaluation]\nleave_one_out = true\n[backend]",
         "evaluation.baselines: real sites cannot be compared",
     ),
+    "repeats": (
+        "[backend]",
+        "[evaluation]\nrepeats = 2\n[backend]",
+        "evaluation.repeats: real sites train with the one agreed seed",
+    ),
     "a method that shares weights": (
         "[backend]",
         '[method]\npreset = "fedavg"\n[backend]',
