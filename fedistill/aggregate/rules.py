@@ -22,51 +22,19 @@ from typing import Any
 
 import numpy as np
 
+from fedistill.aggregate.basics import log_softmax as log_softmax
+from fedistill.aggregate.basics import pool as pool
+from fedistill.aggregate.basics import softmax as softmax
+from fedistill.aggregate.basics import spread as spread
+from fedistill.aggregate.evidence import FAMILIARITY_LIMIT as FAMILIARITY_LIMIT
+from fedistill.aggregate.evidence import evidence as evidence
+from fedistill.aggregate.evidence import normalised_ratios as normalised_ratios
 from fedistill.errors import FedistillError
 from fedistill.types import FloatArray, Logits, Probs
 
 Rule = Callable[..., Probs]
 SHARPEN = re.compile(r"(era|power):(\d+\.?\d*|\.\d+)")
 WANTS = ("seen", "familiarity", "sizes")
-FAMILIARITY_LIMIT = 8.0
-"""Log density ratios are clamped to plus and minus this, both where sent and where used."""
-
-
-def softmax(logits: Logits) -> Probs:
-    """Softmax over the last axis in float64, shifted so that nothing overflows."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = np.exp(shifted - shifted.max(axis=-1, keepdims=True))
-    probs: Probs = shifted / shifted.sum(axis=-1, keepdims=True)
-    return probs
-
-
-def log_softmax(logits: Logits) -> Logits:
-    """Logarithm of :func:`softmax`, finite for finite logits."""
-    shifted = np.asarray(logits, dtype=np.float64)
-    shifted = shifted - shifted.max(axis=-1, keepdims=True)
-    logs: Logits = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return logs
-
-
-def spread(weights: FloatArray, rows: int) -> FloatArray:
-    """Weights ``[clients]`` or ``[clients, rows]`` as ``[clients, rows]``, columns of sum 1.
-
-    A column without any weight becomes NaN.
-    """
-    table = np.asarray(weights, dtype=np.float64)
-    if table.ndim == 1:
-        table = np.repeat(table[:, None], rows, axis=1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        shares: FloatArray = table / table.sum(axis=0)
-    return shares
-
-
-def pool(probs: Probs, weights: FloatArray) -> Probs:
-    """Linear pool: sum over clients of ``weights [clients, rows]`` times ``probs``."""
-    mixed: Probs = np.einsum("kr,krc->rc", weights, probs)
-    mixed /= mixed.sum(axis=-1, keepdims=True)
-    return mixed
-
 
 # --- rules -------------------------------------------------------------------------------------
 
@@ -138,25 +106,6 @@ def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Prob
     return targets
 
 
-def normalised_ratios(familiarity: FloatArray, weights: FloatArray) -> FloatArray:
-    """Density ratios ``[clients, rows]`` whose mean over the rows is 1 for each client.
-
-    A density ratio averages to 1 over the rows of its denominator, so dividing by the mean
-    repairs badly scaled estimates and bounds what a client can claim: high familiarity
-    everywhere is the same as none at all.
-    """
-    limited = np.clip(
-        np.asarray(familiarity, dtype=np.float64), -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT
-    )
-    ratio = np.exp(limited)
-    asked = np.asarray(weights, dtype=np.float64) > 0
-    asked = asked if asked.ndim == 2 else np.repeat(asked[:, None], ratio.shape[1], axis=1)
-    count = np.maximum(asked.sum(axis=1, keepdims=True), 1)
-    average = (ratio * asked).sum(axis=1, keepdims=True) / count
-    ratio /= np.where(average > 0, average, 1.0)
-    return ratio
-
-
 def distribution_weighted(
     logits: Logits,
     weights: FloatArray,
@@ -182,11 +131,8 @@ def distribution_weighted(
         prior_rows: rows that a client's familiarity must outweigh; 0 is the pure rule.
     """
     rows = logits.shape[1]
-    base = np.asarray(weights, dtype=np.float64)
-    base = base if base.ndim == 2 else np.repeat(base[:, None], rows, axis=1)
-    counts = np.asarray(sizes, dtype=np.float64)[:, None]
-    evidence = counts * normalised_ratios(familiarity, base) + prior_rows
-    return pool(softmax(logits), spread(base * evidence, rows))
+    weighed = evidence(weights, familiarity, sizes, prior_rows)
+    return pool(softmax(logits), spread(weighed, rows))
 
 
 RULES: Mapping[str, Rule] = {
