@@ -1,14 +1,15 @@
-"""Write the generated parts of settings.md: ``python docs/make_settings.py``.
+"""Write the generated parts of the pages: ``python docs/make_settings.py``.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; all other text of the page
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; all other text of a page
 is written by hand and left alone. The parts come from the same tables that the program reads, and
-``tests/docs`` fails when the page and the program disagree.
+``tests/docs`` fails when a page and the program disagree.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +19,40 @@ from typing import Any
 import typer
 
 from fedistill import catalog, config
+from fedistill.aggregate.rules import takes
+from fedistill.attacks import ATTACKS
+from fedistill.choice import Method
 from fedistill.cli import app
+from fedistill.exchange import EXCHANGES, Exchange
 from fedistill.presets import METHODS
 
-PAGE = Path(__file__).with_name("settings.md")
+PAGES = [Path(__file__).with_name(f"{name}.md") for name in ("settings", "methods", "bad-clients")]
+"""The pages that have generated parts."""
+WIDTH = 95
+"""Characters of a line of a formula."""
+SEAMS = (
+    "exchange",
+    "rows",
+    "familiarity",
+    "accept",
+    "rule",
+    "student_rule",
+    "sharpen",
+    "ambiguity",
+    "codec",
+    "codec_down",
+    "cache",
+    "cache_rounds",
+    "teach",
+    "late",
+    "memory",
+)
+"""The fields of a method that are a choice, in the order of the round."""
+CODE = re.compile(r"--set [\w.]+=[\w.-]+|\[\w+\] \w+")
+"""What in the text of a preset is a command or a setting."""
 PART = re.compile(r"(<!-- generated: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 SITE = "site.toml"
-SHOWN_APART = {"loss", "distil", "optimizer", "schedule"}
 
 
 def sections() -> Iterator[tuple[str, type[Any]]]:
@@ -111,37 +138,114 @@ def names_table(kind: str) -> str:
 
 
 def methods_table() -> str:
-    """What each method is made of."""
-    rows = []
-    for method in METHODS.values():
-        talks = method.exchange == "predictions"
-        seams = [f"`{method.rule}`", f"`{method.codec}`", f"{method.memory:g}"]
-        clients = settled(method.client)
-        rows.append(
-            [f"`{method.name}`", *(seams if talks else ["–"] * 3), clients, settled(method.student)]
-        )
-    return markdown(["method", "rule", "codec", "memory", "clients", "student"], rows)
+    """What each method that exchanges predictions is made of."""
+    rows = [
+        [f"`{method.name}`", f"`{method.rule}`", f"`{method.codec}`", *travels(method)]
+        for method in METHODS.values()
+        if method.exchange == "predictions"
+    ]
+    head = ["method", "rule", "codec", "down", "memory", "clients learn from", "beside predictions"]
+    return markdown(head, rows)
 
 
-def papers_list() -> str:
-    """Where each method comes from, and where it departs from there."""
-    lines = []
-    for method in METHODS.values():
-        end = f" Deviations: {method.deviations}." if method.deviations else ""
-        paper = f" {method.paper}." if method.paper else ""
-        lines.append(f"- `{method.name}`: {method.summary}.{paper}{end}")
-    return "\n".join(lines)
+def travels(method: Method) -> list[str]:
+    """What goes down, what is taught, what is told beyond predictions."""
+    down = "–" if method.down() == method.codec else f"`{method.down()}`"
+    held = ", cache" if method.cache else ""
+    told = "; ".join(tells(method)) or "–"
+    return [down + held, f"{method.memory:g}", method.teach, told]
+
+
+def tells(method: Method) -> Iterator[str]:
+    """What a client tells beyond predictions on proxy rows."""
+    if method.exchange in EXCHANGES:
+        yield EXCHANGES[method.exchange].tells
+    if method.exchange != "predictions":
+        return
+    if method.tells_familiarity():
+        yield "how familiar each row is, a byte"
+    if method.accept:
+        yield "which rows it answers"
+    if "seen" in takes(method.bound_rule()):
+        yield "which classes it has"
+
+
+def exchanges_table() -> str:
+    """What is exchanged in place of predictions, and what that tells."""
+    rows = [
+        [f"`{entry.name}`", ", ".join(users(entry)), entry.summary, entry.tells]
+        for entry in EXCHANGES.values()
+    ]
+    return markdown(["exchange", "method", "what", "tells"], rows)
+
+
+def users(entry: Exchange) -> list[str]:
+    """The methods with this exchange."""
+    return [f"`{name}`" for name, method in METHODS.items() if method.exchange == entry.name]
+
+
+def defaults_list() -> str:
+    """What a preset has that names nothing else."""
+    silent = Method(name="", summary="")
+    return ", ".join(f"`{name} = {literal(getattr(silent, name))}`" for name in SEAMS)
+
+
+def presets_list() -> str:
+    """A section for every method."""
+    return "\n\n".join(map(preset_text, METHODS.values()))
+
+
+def preset_text(method: Method) -> str:
+    """Where a method comes from, what it computes and sets, and where it departs from its paper."""
+    source = f" {method.paper}." if method.paper else ""
+    parts = [f"### {method.name}", f"{method.summary[0].upper()}{method.summary[1:]}.{source}"]
+    if method.formula:
+        parts.append("```text\n" + "\n".join(textwrap.wrap(method.formula, WIDTH)) + "\n```")
+    if told := "; ".join(tells(method)):
+        label = "Tells" if method.exchange in EXCHANGES else "Tells beside predictions"
+        parts.append(f"**{label}**: {told}.")
+    parts.append(f"**Sets**: {', '.join(chosen(method)) or 'nothing'}.")
+    for who, changes in (("Clients", method.client), ("Student", method.student)):
+        if changes:
+            parts.append(f"**{who}**: {settled(changes)}.")
+    if method.deviations:
+        items = "\n".join(f"- {as_code(text)}" for text in method.deviations.split("; "))
+        parts.append(f"**Deviations**:\n\n{items}")
+    return "\n\n".join(parts)
+
+
+def chosen(method: Method) -> Iterator[str]:
+    """The fields in which a method differs from the defaults, and the options of its rule."""
+    silent = Method(name="", summary="")
+    for name in SEAMS:
+        value = getattr(method, name)
+        if value != getattr(silent, name):
+            yield f"`{name} = {literal(value)}`"
+    yield from (f"`{name} = {literal(value)}`" for name, value in method.options.items())
+
+
+def literal(value: Any) -> str:
+    """A value as a settings file has it."""
+    return config.to_value(value)
+
+
+def as_code(text: str) -> str:
+    """The text, with commands and settings as code."""
+    return CODE.sub(lambda found: f"`{found[0]}`", text)
 
 
 def settled(changes: Mapping[str, Any]) -> str:
     """What a method fixes of the training."""
-    return (
-        ", ".join(
-            f"{key} {value}" if key in SHOWN_APART else f"{key} {value:g}"
-            for key, value in changes.items()
-        )
-        or "–"
-    )
+    return ", ".join(f"`{key} = {literal(value)}`" for key, value in changes.items())
+
+
+def attacks_table() -> str:
+    """What each simulated bad client does, and what bounds it."""
+    rows = [
+        [f"`{name}`", entry.summary, entry.bound, entry.paper or "–"]
+        for name, entry in ATTACKS.items()
+    ]
+    return markdown(["attack", "what it does", "what bounds it", "paper"], rows)
 
 
 def command_text(name: str) -> str:
@@ -198,7 +302,13 @@ def parts() -> dict[str, Callable[[], str]]:
     }
     found |= {kind: lambda kind=kind: names_table(kind) for kind in catalog.TABLES}  # type: ignore[misc]
     found |= {name: lambda name=name: command_text(name) for name in commands()}  # type: ignore[misc]
-    return found | {"methods in full": methods_table, "papers": papers_list}
+    return found | {
+        "methods in full": methods_table,
+        "defaults": defaults_list,
+        "exchanges": exchanges_table,
+        "presets": presets_list,
+        "attacks in full": attacks_table,
+    }
 
 
 def render(page: str) -> str:
@@ -212,4 +322,5 @@ def render(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for place in PAGES:
+        place.write_text(render(place.read_text(encoding="utf-8")), encoding="utf-8")

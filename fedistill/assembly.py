@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedistill import config, models
+from fedistill.attacks import corrupt
 from fedistill.client import Client, Member
 from fedistill.config import Settings, TrainSettings
 from fedistill.data import Federated
@@ -40,7 +41,7 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     clients: list[Client | Member] = [
         Member(name, agreed.most_rows or None) for name in agreed.sites
     ]
-    clients += [
+    present = [
         Client(
             name,
             student if chosen.exchange == "rows" else model_factory(training[name], shape, classes),
@@ -50,6 +51,7 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         )
         for name, part in federated.parts.items()
     ]
+    clients += _attacked(settings, chosen, present, classes)
     return Federation(
         clients,
         ProxySet(dataset.public.inputs),
@@ -64,6 +66,24 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         student_options=student_options(settings),
         device=settings.backend.device,
         limit=int(settings.backend.max_message_mb * (1 << 20)),
+        anchors=dataset.public.labels,
+    )
+
+
+def _attacked(
+    settings: Settings, chosen: Method, clients: list[Client], classes: int
+) -> list[Client]:
+    """The clients, some of them bad if the settings say so; in a baseline none is."""
+    attack = settings.attack
+    if attack.kind is None or chosen.exchange in {"weights", "nothing", "rows"}:
+        return clients
+    return corrupt(
+        clients,
+        attack.kind,
+        attack.count,
+        collude=attack.collude,
+        classes=classes,
+        seed=settings.seed,
     )
 
 

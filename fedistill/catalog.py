@@ -18,6 +18,7 @@ TABLES: Mapping[str, str] = {
     "models": "fedistill.catalog:MODELS",
     "sources": "fedistill.data.sources:SOURCES",
     "partitions": "fedistill.data.partition:PARTITIONS",
+    "attacks": "fedistill.attacks:ATTACKS",
     "backends": "fedistill.catalog:BACKENDS",
     "mechanisms": "fedistill.catalog:MECHANISMS",
 }

@@ -9,81 +9,47 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedistill import store
-from fedistill.aggregate.rules import softmax, wants
+from fedistill.aggregate.clusters import nearest
+from fedistill.aggregate.rules import softmax, takes
+from fedistill.cache import Said
 from fedistill.data.overlap import overlap
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import CheckpointError, DataError, Rejected, RunError
+from fedistill.errors import CheckpointError, Rejected, RunError
+from fedistill.members import Client as Client
+from fedistill.members import Member as Member
 from fedistill.models import pick_device
 from fedistill.presets import Method
 from fedistill.seeding import derive
-from fedistill.settings import CLIENT_ID, CLIENT_ID_WORDS
-from fedistill.types import FloatArray, Logits, Probs, ProxySet, Rows, State, fingerprint_classes
+from fedistill.select import Selector, floats
+from fedistill.settings import CLIENT_ID
+from fedistill.types import (
+    FloatArray,
+    IntArray,
+    Logits,
+    Probs,
+    ProxySet,
+    State,
+    fingerprint_classes,
+)
 from fedistill.wire import codec as codecs
+from fedistill.wire.delta import delta_encode, quantise, restore
+from fedistill.wire.envelope import Mask, pack_mask
 from fedistill.wire.messages import Plan, Upload, bucket, seen_mask
+from fedistill.wire.shelf import Shelf
 
 LARGEST_MESSAGE = 64 << 20
 """Bytes of a plan, if nothing else was agreed."""
 LARGEST_LOGIT = 1e4
 """Row-centred logits beyond this are clipped; more than 1 % of such rows is refused."""
-
-
-@dataclass(frozen=True, eq=False)
-class Client:
-    """One participant: its id, its model's factory, its own rows.
-
-    Attributes:
-        id: a name of letters, digits, ``.``, ``_`` and ``-``; also the name of its folder.
-        build: a factory of torch modules, scikit-learn classifiers or learners.
-        data: own labelled rows; may be empty, then the client learns and does not teach.
-        test: own test rows; without them the run's common test rows are used.
-        training: how it trains on its own rows.
-    """
-
-    id: str
-    build: Callable[[], Any]
-    data: Rows
-    test: Rows | None = None
-    training: Recipe = field(default_factory=Recipe)
-
-    def __post_init__(self) -> None:
-        check_id(self.id)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A participant whose rows are elsewhere: a real site, as the coordinator knows it.
-
-    Attributes:
-        id: as :attr:`Client.id`.
-        rows: it counts with at most so many rows, whatever it declares; None: with what its first
-            upload declares.
-    """
-
-    id: str
-    rows: int | None = None
-
-    def __post_init__(self) -> None:
-        check_id(self.id)
-
-
-def check_id(name: str) -> None:
-    """Refuse an id that could not be the name of a folder.
-
-    Raises:
-        DataError: with what is allowed.
-    """
-    if not re.fullmatch(CLIENT_ID, name):
-        raise DataError(f"{CLIENT_ID_WORDS}, found {name[:64]!r}: rename the client")
 
 
 class Site:
@@ -116,6 +82,8 @@ class Site:
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}
+        own = derive(seed, client.id, "density")
+        self.selector = Selector(method, client.data, proxy, own)
         self.limit = LARGEST_MESSAGE
         self._begin()
         self.notes = list(_observations(client, proxy, len(classes)))
@@ -127,8 +95,12 @@ class Site:
         self.round = 0
         self.upload = b""
         self.refusal: Rejected | None = None
-        self.targets = np.zeros((len(self.proxy), len(self.classes)), dtype=np.float32)
+        size = len(self.proxy), len(self.classes)
+        self.targets = np.zeros(size, dtype=np.float32)
         self.stamp = np.zeros(len(self.proxy), dtype=np.int64)
+        # What both sides hold: soft targets that were sent here, predictions that were heard.
+        self.told = Shelf(self.method.down(), *size) if self.method.cache else None
+        self.said = Said(self.method.codec, *size) if self.method.cache else None
 
     @classmethod
     def open(
@@ -155,6 +127,8 @@ class Site:
         """
         recipe = method.client_recipe(client.training)
         learner = new_student(client.build, recipe, proxy, len(classes), seed, device)
+        if client.wrap is not None:
+            learner = client.wrap(learner)
         site = cls(client, learner, proxy, classes, method, seed)
         site.limit = limit
         return site
@@ -202,17 +176,25 @@ class Site:
             told and (told.spec.total, told.classes) != (len(self.proxy), len(self.classes))
         ):
             raise Rejected("shape", "the server counts other proxy rows, or other classes")
+        if told and told.codec != self.method.down():
+            raise Rejected("codec", f"the targets come as {told.codec}, not {self.method.down()}")
         if plan.run == self.run and plan.round < self.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
 
     def absorb(self, plan: Plan) -> None:
         """Learn from the last round's soft targets."""
+        if self.said is not None:
+            self.said.learn(plan.heard)
         if plan.targets is None:
             return
-        rows, probs = plan.targets.rows(), plan.targets.probs()
+        number = plan.targets.round
+        rows, codes = plan.targets.read(self.told)
+        probs = self._choose(rows, restore(self.method.down(), codes, len(self.classes)))
         if not np.isfinite(probs).all():
             raise Rejected("nonfinite", "NaN or infinity among the soft targets")
-        self.targets[rows], self.stamp[rows] = probs, plan.targets.spec.round
+        if self.told is not None:
+            self.told.put(rows, codes, number)
+        self.targets[rows], self.stamp[rows] = probs, number
         taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
             self.proxy.inputs[taught],
@@ -221,28 +203,27 @@ class Site:
             weights=weights,
         )
 
+    def _choose(self, rows: IntArray, probs: Probs) -> Probs:
+        """Of several targets for a row, the one nearest to what the learner predicts now."""
+        if len(probs) == len(rows):
+            return probs
+        choices = probs.reshape(len(rows), -1, len(self.classes))
+        return nearest(choices, softmax(self.learner.predict(self.proxy.inputs[rows])))
+
     def train(self, plan: Plan) -> None:
         """Train on own rows."""
         self.learner.fit(self.client.data, seed=self._seed(plan, "train"))
 
     def share(self, plan: Plan) -> Upload:
         """Predict, protect, encode: protection comes before the codec, which is post-processing."""
-        logits, familiarity = self.predict(plan)
-        return self.encode(plan, self.protect(logits), familiarity)
+        answered, familiarity = self.selector.choose(plan.rows(), self.learner)
+        logits = self.predict(plan.rows()[answered])
+        return self.encode(plan, answered, self.protect(logits), familiarity)
 
-    def predict(self, plan: Plan) -> tuple[Logits, FloatArray | None]:
-        """Logits on the rows that are asked, and familiarity where the method shares it."""
-        inputs = self.proxy.inputs[self._asked(plan)]
-        logits = _floats(self.learner.predict(inputs), (len(inputs), len(self.classes)))
-        if not self._shares_familiarity():
-            return logits, None
-        score = getattr(self.learner, "familiarity", None)
-        if score is None:
-            return logits, np.zeros(len(inputs))
-        ratios = _floats(score(inputs), (len(inputs),))
-        if not np.isfinite(ratios).all():
-            raise Rejected("nonfinite", "the model's familiarity is NaN or infinite")
-        return logits, ratios
+    def predict(self, rows: IntArray) -> Logits:
+        """Logits on some proxy rows, ``[rows, classes]``."""
+        inputs = self.proxy.inputs[rows]
+        return floats(self.learner.predict(inputs), (len(inputs), len(self.classes)))
 
     def protect(self, logits: Logits) -> Probs:
         """What may be shared: finite, bounded probabilities."""
@@ -256,12 +237,19 @@ class Site:
             raise Rejected("extreme", f"{extreme.mean():.0%} of the rows have logits beyond 1e4")
         return softmax(centred.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
 
-    def encode(self, plan: Plan, probs: Probs, familiarity: FloatArray | None) -> Upload:
+    def encode(
+        self, plan: Plan, answered: Mask, probs: Probs, familiarity: FloatArray | None
+    ) -> Upload:
         """The upload: coded predictions and nothing else that is private."""
-        payload = codecs.encode(self.method.codec, probs, seed=self._seed(plan, "encode"))
-        if familiarity is not None:
-            payload += codecs.encode_familiarity(familiarity)
         labels = self.client.data.labels
+        codes = quantise(self.method.codec, probs, seed=self._seed(plan, "encode"))
+        if self.said is not None and len(labels):
+            payload = self.said.encode(plan.rows()[answered], codes, plan.round)
+        else:
+            payload = delta_encode(self.method.codec, codes)
+        ratios = b""
+        if familiarity is not None:
+            ratios = codecs.pack(codecs.encode_familiarity(familiarity))
         return Upload(
             client=self.client.id,
             run=plan.run,
@@ -272,20 +260,16 @@ class Site:
             codec=self.method.codec,
             shape=(len(probs), len(self.classes)),
             familiarity=familiarity is not None,
-            seen=self._seen() if "seen" in wants(self.method.bound_rule()) else "0",
+            seen=self._seen() if "seen" in takes(self.method.bound_rule()) else "0",
             size=bucket(len(labels)),
-            payload=codecs.pack(payload),
+            payload=payload,
+            declined=pack_mask(~answered) if len(labels) else b"",
+            ratios=ratios,
         )
-
-    def _asked(self, plan: Plan) -> Any:
-        return plan.ask.rows() if len(self.client.data) else np.empty(0, dtype=np.int64)
 
     def _seen(self) -> str:
         counts = np.bincount(self.client.data.labels, minlength=len(self.classes))
         return seen_mask(counts > 0)
-
-    def _shares_familiarity(self) -> bool:
-        return self.method.client_recipe(Recipe()).familiarity
 
     def _seed(self, plan: Plan, step: str) -> int:
         return derive(self.seed, self.client.id, plan.round, step)
@@ -353,6 +337,8 @@ class Site:
             "stamp": self.stamp,
             "upload": np.frombuffer(self.upload, dtype=np.uint8),
         }
+        for name, part in self._held().items():
+            arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         refusal = self.refusal and [self.refusal.reason, self.refusal.detail]
         facts = {
             "run": self.run,
@@ -361,6 +347,12 @@ class Site:
             "clipped": self.clipped,
         }
         store.save_state(self.path, arrays, facts)
+
+    def _held(self) -> dict[str, Shelf | Said]:
+        """What a method with a cache holds on both sides."""
+        if self.told is None or self.said is None:
+            return {}
+        return {"told": self.told, "said": self.said}
 
     def restore(self, run: str, upcoming: int) -> str | None:
         """Go on from the saved state; a note if an older generation had to be used.
@@ -397,6 +389,10 @@ class Site:
             ) from None
         self.targets, self.stamp = arrays["targets"], arrays["stamp"]
         self.upload = arrays["upload"].tobytes()
+        for name, part in self._held().items():
+            start = len(name) + 1
+            kept = {key[start:]: v for key, v in arrays.items() if key.startswith(f"{name}.")}
+            part.load_state_dict(kept)
         self.run, self.round = meta["run"], meta["round"]
         self.clipped = int(meta["clipped"])
         self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
@@ -421,16 +417,6 @@ def new_student(
         device=pick_device(device),
         background=proxy.inputs if recipe.familiarity else None,
     )
-
-
-def _floats(values: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """What a model says, if it is floats of exactly this shape: no broadcasting, no objects."""
-    array = np.asarray(values)
-    if array.dtype.kind != "f":
-        raise Rejected("dtype", f"the model must predict floats, it predicts {array.dtype}")
-    if array.shape != shape:
-        raise Rejected("shape", f"the model must predict {shape}, it predicts {array.shape}")
-    return array
 
 
 def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:

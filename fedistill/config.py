@@ -23,6 +23,8 @@ from fedistill.errors import Problem, SettingsError, did_you_mean
 from fedistill.settings import (
     CLIENT_ID,
     CLIENT_ID_WORDS,
+    SHARED,
+    AttackSettings,
     BackendSettings,
     ClientsSettings,
     DataSettings,
@@ -39,6 +41,7 @@ from fedistill.settings import (
 )
 
 __all__ = [
+    "AttackSettings",
     "BackendSettings",
     "ClientsSettings",
     "DataSettings",
@@ -310,6 +313,11 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
             "proxy.per_round",
             f"expected at most proxy.rows ({proxy.rows}), found {proxy.per_round}",
         )
+    if proxy.labelled > proxy.rows and clients.partition != "file":
+        yield problem(
+            "proxy.labelled",
+            f"expected at most proxy.rows ({proxy.rows}), found {proxy.labelled}",
+        )
     if clients.partition == "by-column" and not clients.column:
         yield problem("clients.column", "by-column needs the name of a column, found none")
     if clients.partition == "file" and not (clients.partition_path and clients.partition_key):
@@ -350,6 +358,12 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
                 lines.get(("clients", "group", number)),
             )
     sharpen = re.fullmatch(r"(?:era|power):(\d+\.?\d*|\.\d+)", method.sharpen or "")
+    anchored = "trust-anchored" in {method.rule, method.student_rule}
+    if anchored and not proxy.labelled and not settings.deployment.sites:
+        yield problem(
+            "proxy.labelled",
+            "trust-anchored judges clients by labelled proxy rows, found 0: label some",
+        )
     if method.sharpen not in {None, "none"} and not (sharpen and float(sharpen[1]) > 0):
         yield problem(
             "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
@@ -384,7 +398,50 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
             "backend.device", f'expected auto, cpu or cuda, found "{settings.backend.device}"'
         )
 
+    yield from _simulation_contradictions(settings, problem)
     yield from _deployment_contradictions(settings, problem)
+
+
+def _simulation_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What simulated bad, lost and late clients need."""
+    clients, attack, real = settings.clients, settings.attack, settings.deployment.sites
+    if attack.count and attack.kind is None:
+        yield problem("attack.kind", f"{attack.count} bad clients need a kind, found none")
+    if attack.kind is not None and not attack.count:
+        yield problem("attack.count", f"{attack.kind} needs bad clients, found a count of 0")
+    if clients.partition != "by-column" and attack.count > clients.count:
+        yield problem(
+            "attack.count",
+            f"expected at most clients.count ({clients.count}), found {attack.count}",
+        )
+    if attack.kind is not None and settings.method.preset in {"local", "centralised", "fedavg"}:
+        yield problem(
+            "attack.kind",
+            "bad clients tamper with predictions, found the baseline "
+            f'"{settings.method.preset}", which shares none',
+        )
+    if attack.kind is not None and settings.evaluation.leave_one_out:
+        yield problem(
+            "attack.kind",
+            "without one client others would be drawn to be bad: leave evaluation.leave_one_out "
+            "or the attack out",
+        )
+    if real and attack.kind is not None:
+        yield problem("attack.kind", "simulated bad clients are for simulations, found real sites")
+    for name in ("dropout", "stragglers"):
+        if not getattr(clients, name):
+            continue
+        key = f"clients.{name}"
+        if real:
+            yield problem(key, "clients are lost for simulations only, found real sites")
+        elif settings.backend.name != "serial":
+            yield problem(
+                key,
+                'lost and late clients are simulated by the backend "serial", found '
+                f'"{settings.backend.name}"',
+            )
 
 
 def _deployment_contradictions(
@@ -411,6 +468,12 @@ def _deployment_contradictions(
         yield problem("deployment.classes", "expected the names of two classes or more")
     if not settings.proxy.path:
         yield problem("proxy.path", "real sites need a file of proxy rows, found none")
+    if settings.proxy.labelled:
+        yield problem(
+            "proxy.labelled",
+            "real sites and their coordinator read one file of proxy rows without labels, so none "
+            f"is known to the server alone: expected 0, found {settings.proxy.labelled}",
+        )
     if settings.clients.quorum > len(deployment.sites):
         yield problem(
             "clients.quorum",
@@ -448,6 +511,10 @@ def _site_contradictions(settings: SiteSettings, lines: Mapping[Path_, int]) -> 
         hint = did_you_mean(kind, catalog.known("sources"))
         text = f'unknown source "{kind}"{hint}'
         yield Problem("data.source", text, lines.get(("data", "source")))
+    for name in settings.policy.share:
+        if name not in SHARED:
+            text = f'expected {", ".join(SHARED)}, found "{name}"'
+            yield Problem("policy.share", text, lines.get(("policy", "share")))
 
 
 def dotted(path: Path_) -> str:

@@ -28,8 +28,10 @@ from fedistill.data.npz import load_arrays
 from fedistill.data.site import Public, read_public, split
 from fedistill.distill.learner import Learner
 from fedistill.errors import DataError, Problem, Rejected, RunError, SettingsError, did_you_mean
+from fedistill.exchange import EXCHANGES
 from fedistill.log import event
 from fedistill.settings import OwnDataSettings
+from fedistill.tables import TableSite
 from fedistill.types import Dataset, FloatArray, Rows
 from fedistill.wire.messages import Plan
 
@@ -116,6 +118,9 @@ class Workplace:
             Rejected: ``policy``.
         """
         policy = self.settings.policy
+        exchange = self.site.method.exchange
+        if exchange != "predictions" and exchange not in policy.share:
+            raise Rejected("policy", f"this site does not share {exchange}")
         known = {place.parent.name for place in (self.state / "runs").glob("*/state")}
         if policy.runs and plan.run not in known and len(known) >= policy.runs:
             raise Rejected("policy", f"this site answers {policy.runs} runs")
@@ -198,11 +203,13 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
         test if len(test) else None,
         recipe(training),
     )
-    site = Site.open(
+    method = method_of(agreed)
+    kind = TableSite if method.exchange in EXCHANGES else Site
+    site = kind.open(
         client,
         public.proxy,
         public.classes,
-        method_of(agreed),
+        method,
         seed=agreed.seed,
         device=agreed.backend.device,
         limit=int(agreed.backend.max_message_mb * (1 << 20)),

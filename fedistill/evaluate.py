@@ -19,8 +19,11 @@ Figures = dict[str, float | None]
 
 
 def measure(learner: Learner, rows: Rows) -> Figures:
-    """Accuracy, and AUC for two classes."""
-    logits = learner.predict(rows.inputs)
+    """Accuracy, and AUC for two classes.
+
+    Of a simulated bad client it is what its model can do that is measured, not what it says.
+    """
+    logits = getattr(learner, "honest", learner.predict)(rows.inputs)
     return {"accuracy": accuracy(logits, rows.labels), "auc": auc(logits, rows.labels)}
 
 

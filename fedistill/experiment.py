@@ -19,6 +19,7 @@ from fedistill import config, data, deployment, models, store
 from fedistill.assembly import assemble, method_of, model_names
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
+from fedistill.backends.unreliable import unreliable
 from fedistill.client import Site
 from fedistill.config import MethodSettings, Settings
 from fedistill.data import Federated
@@ -39,6 +40,21 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     """One client after another, in this process."""
     del folder
     return Serial
+
+
+def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
+    """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
+    clients = settings.clients
+    shares = chosen.exchange not in {"nothing", "rows"}
+    if engine is not serial or not shares or not (clients.dropout or clients.stragglers):
+        return engine
+    return lambda folder: unreliable(
+        engine(folder),
+        seed=settings.seed,
+        dropout=clients.dropout,
+        stragglers=clients.stragglers,
+        lateness=clients.lateness,
+    )
 
 
 def run(
@@ -233,7 +249,7 @@ def run_one(
                 out=folder,
                 resume=resume,
                 measure_every=settings.evaluation.every,
-                backend=engine(folder),
+                backend=lossy(settings, chosen, engine)(folder),
                 progress=watch.advance,
                 threads=settings.backend.threads,
             )

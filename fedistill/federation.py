@@ -17,12 +17,12 @@ import numpy as np
 
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
-from fedistill.baselines import FedAvgServer, FedAvgSite
 from fedistill.client import Client, Member, Site, new_student
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, QuorumError
 from fedistill.evaluate import measure_clients, measure_student
+from fedistill.exchange import EXCHANGES
 from fedistill.journal import Journal
 from fedistill.log import event
 from fedistill.models import parameter_count, pick_device
@@ -30,8 +30,9 @@ from fedistill.models import threads as computing
 from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.server import Combined, Server
+from fedistill.tables import TableServer, TableSite
 from fedistill.tally import Tally
-from fedistill.types import ProxySet, Rows
+from fedistill.types import IntArray, ProxySet, Rows
 from fedistill.wire.messages import Plan, bucket
 
 ATTEMPTS = 3
@@ -60,6 +61,8 @@ class Federation:
         student_options: fields of :class:`Recipe` that are set for the student alone.
         device: ``cpu``, ``cuda`` or ``auto``.
         limit: largest message accepted, in bytes.
+        anchors: ``[rows]`` labels of proxy rows that the server knows, -1 elsewhere; no client is
+            told them.
 
     Raises:
         DataError: no clients, equal ids, or labels outside the classes.
@@ -81,10 +84,12 @@ class Federation:
         student_options: Mapping[str, Any] | None = None,
         device: str = "auto",
         limit: int = 64 << 20,
+        anchors: IntArray | None = None,
     ) -> None:
         self.method = preset(method) if isinstance(method, str) else method
         self.members: Sequence[Client | Member] = list(clients)
         self.clients = [client for client in clients if isinstance(client, Client)]
+        _check_members(self.members, self.method.exchange)
         if self.method.exchange == "rows":
             self.members = self.clients = _pooled(self.clients)
         self.proxy = proxy if isinstance(proxy, ProxySet) else ProxySet(np.asarray(proxy))
@@ -94,16 +99,21 @@ class Federation:
         self.history: list[Row] = []
         self.notes: list[str] = []
         self.sites: dict[str, Site] = {}
-        _check_members(self.members, self.method.exchange)
+        if self.method.teach == "student" and student is None:
+            raise DataError(
+                f"{self.method.name} teaches clients by the server's student, found none: give the "
+                'federation a student, or set teach="targets"'
+            )
         _check_clients(self.clients, len(self.classes), self.proxy)
 
         exchange = self.method.exchange
         base = training or (self.clients[0].training if self.clients else Recipe())
         learner = None
+        self._travels = exchange == "predictions" or exchange in EXCHANGES
         if student is not None and exchange in {"predictions", "weights"}:
             recipe = self.method.student_recipe(base, **(student_options or {}))
             learner = self._learner(student, recipe)
-        kind = FedAvgServer if exchange == "weights" else Server
+        kind = TableServer if exchange in EXCHANGES else Server
         self.server = kind(
             self.proxy,
             self.classes,
@@ -115,6 +125,7 @@ class Federation:
             participation=participation,
             quorum=quorum,
             limit=limit,
+            anchors=anchors,
         )
         self._student_factory = student
 
@@ -158,7 +169,7 @@ class Federation:
                 started = time.monotonic()
                 plan, tally, combined = self._exchange(asked, number, progress)
                 progress("student", 0, 1)
-                self.server.distil()
+                self.server.distil(plan)
                 due = number in {1, rounds} or number % measure_every == 0
                 row = self._row(plan, tally, combined, test, self.sites if due else {})
                 row["seconds"] = round(time.monotonic() - started, 3)
@@ -191,11 +202,10 @@ class Federation:
         self, backend: Backend, number: int, progress: Progress
     ) -> tuple[Plan, Tally, Combined]:
         """Plan, ask, check each answer alone, combine; again, while the quorum is missed."""
-        travels = self.method.exchange in {"predictions", "weights"}
         tally: Tally | None = None
         for attempt in range(ATTEMPTS):
             plan = self.server.plan(number, attempt)
-            tally = Tally(plan, travels=travels, before=tally)
+            tally = Tally(plan, travels=self._travels, before=tally)
             event(
                 "round_started",
                 run=plan.run,
@@ -207,7 +217,7 @@ class Federation:
                 tally.take(reply, self.server)
                 progress("clients", tally.heard, len(plan.clients))
             try:
-                combined = self.server.combine(plan, tally.answers) if travels else Combined()
+                combined = self._combine(plan, tally)
             except QuorumError as shortage:
                 told = [f"{name}: {reason}" for name, reason in sorted(tally.dropped.items())]
                 reasons = ", ".join(told[:5]) or "no answer"
@@ -227,6 +237,9 @@ class Federation:
         self.server.vigilance.note_all(plan.clients, tally.seen if tally else ())
         raise missed
 
+    def _combine(self, plan: Plan, tally: Tally) -> Combined:
+        return self.server.combine(plan, tally.answers) if self._travels else Combined()
+
     def _row(
         self,
         plan: Plan,
@@ -236,6 +249,7 @@ class Federation:
         measured: Mapping[str, Site],
     ) -> Row:
         """The figures of a round, as they stand in ``rounds.jsonl``."""
+        measured = {n: site for n, site in measured.items() if site.client.wrap is None}
         own = [site.client.test for site in self.sites.values() if site.client.test is not None]
         common = [test] if test is not None else []
         pooled = self.method.exchange == "rows"
@@ -246,8 +260,9 @@ class Federation:
             **figures,
             "bytes_up": tally.bytes_up,
             "bytes_down": tally.bytes_down,
-            "clients_ok": len(tally.answers),
-            "clients_failed": len(plan.clients) - len(tally.answers),
+            "clients_ok": len(tally.answers) - tally.late,
+            "clients_failed": len(plan.clients) - len(tally.answers) + tally.late,
+            "clients_late": tally.late,
             "epsilon_max": combined.epsilon_max,
             "agreement": combined.agreement,
             "target_entropy": combined.target_entropy,
@@ -275,9 +290,8 @@ class Federation:
 
     def site(self, client: Client, folder: Path | None = None) -> Site:
         """One client at work, untaught, with its state under ``folder``."""
-        kind = Site
+        kind = TableSite if self.method.exchange in EXCHANGES else Site
         if self.method.exchange == "weights":
-            kind = FedAvgSite
             client = dataclasses.replace(client, build=self._student_factory or client.build)
         site = kind.open(
             client,
@@ -366,6 +380,8 @@ class Federation:
             "method_summary": self.method.summary,
             "rule": rule if isinstance(rule, str) else getattr(rule, "__name__", "own"),
             "codec": self.method.codec,
+            "codec_down": self.method.down(),
+            "cache": self.method.cache,
             "clients": len(self.members),
             "classes": list(self.classes),
             "proxy_rows": len(self.proxy),
@@ -402,10 +418,11 @@ def _check_members(members: Sequence[Client | Member], exchange: str) -> None:
     ids = [member.id for member in members]
     if twice := sorted({name for name in ids if ids.count(name) > 1}):
         raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
-    if exchange != "predictions" and any(isinstance(member, Member) for member in members):
+    possible = {"predictions", *EXCHANGES} - {"weights"}
+    if exchange not in possible and any(isinstance(member, Member) for member in members):
         raise DataError(
-            f"real sites (Member) share predictions only, found a method that exchanges {exchange}:"
-            " choose another method"
+            "real sites (Member) share predictions, or what their policy allows, found a method "
+            f"that exchanges {exchange}: choose another method"
         )
 
 

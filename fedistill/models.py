@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedistill.errors import FedistillError, Problem, SettingsError
+from fedistill.pooling import MaxPool, convolve_and_pool
 
 
 class Linear(nn.Module):
@@ -81,8 +82,8 @@ class LeNet(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:  # noqa: D102
         # ReLU after the pool gives the same values for a quarter of the work.
-        hidden = F.relu(F.max_pool2d(self.conv1(inputs), 2))
-        hidden = F.relu(F.max_pool2d(self.conv2(hidden), 2)).flatten(1)
+        hidden = F.relu(convolve_and_pool(self.conv1, inputs))
+        hidden = F.relu(convolve_and_pool(self.conv2, hidden)).flatten(1)
         logits: Tensor = self.head(F.relu(self.fc2(F.relu(self.fc1(hidden)))))
         return logits
 
@@ -106,8 +107,8 @@ class CNN(nn.Module):
         sizes = [channels, width, 2 * width, 4 * width]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(sizes):
-            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if after < sizes[-1] else []
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.GroupNorm(4, after)]
+            layers += [MaxPool(), nn.ReLU()] if after < sizes[-1] else [nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], classes)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from fedistill import config, deployment
-from fedistill.aggregate.rules import wants
 from fedistill.assembly import assemble, method_of
 from fedistill.config import Settings
 from fedistill.data import Federated
+from fedistill.exchange import EXCHANGES
 from fedistill.experiment import rows_of
 from fedistill.presets import Method
 from fedistill.wire.codec import expected_size
@@ -44,9 +44,34 @@ def describe(settings: Settings) -> Iterator[str]:
     )
     yield f"test      {len(dataset.test)} rows"
     yield f"method    {chosen.name}: {chosen.summary}"
+    yield from _choices(settings, chosen, asked)
     yield f"rounds    {settings.rounds}, seed {settings.seed}, backend {settings.backend.name}"
     yield from _bytes(chosen, asked, len(dataset.classes), federation.fedavg_bytes())
     yield "privacy   no differential privacy (projected epsilon: infinite)"
+
+
+def _choices(settings: Settings, chosen: Method, asked: int) -> Iterator[str]:
+    """What else was chosen: the rule, what is known beforehand, who is bad, lost or late."""
+    clients, attack, rows = settings.clients, settings.attack, settings.proxy
+    if chosen.exchange == "predictions":
+        rule = chosen.rule if isinstance(chosen.rule, str) else "a rule of your own"
+        yield f"          rule {rule}, sharpen {chosen.sharpen}, {chosen.rows} rows"
+    if rows.labelled:
+        yield f"anchors   the server knows the labels of {rows.labelled} proxy rows"
+    if chosen.cache_rounds and asked == rows.rows:
+        yield (
+            f"          WARNING: all rows are asked in round 1 and not again for "
+            f"{chosen.cache_rounds} rounds: set proxy.per_round, or method.cache_rounds"
+        )
+    if attack.kind is not None:
+        together = ", colluding" if attack.collude else ""
+        yield f"attack    {attack.count} clients: {attack.kind}{together}"
+    if clients.dropout or clients.stragglers:
+        counted = f"counts {chosen.late:g}" if chosen.late else "is refused (method.late)"
+        yield (
+            f"losses    {clients.dropout:.0%} offline, {clients.stragglers:.0%} late by "
+            f"{clients.lateness} rounds; what is late {counted}"
+        )
 
 
 def _before_there_are_sites(settings: Settings) -> Iterator[str]:
@@ -79,9 +104,18 @@ def describe_site(folder: Path) -> Iterator[str]:
     )
     yield f"method    {site.method.name}: {site.method.summary}"
     yield from (f"note      {note}" for note in site.notes)
-    familiar = "familiarity" in wants(site.method.bound_rule())
-    up = expected_size(site.method.codec, asked, classes, familiar) + ENVELOPE
-    yield f"leaves    at most {up:,} bytes a round: predictions on proxy rows, no row, no weight"
+    exchange = EXCHANGES.get(site.method.exchange)
+    if exchange is None:
+        familiar = site.method.tells_familiarity()
+        up = expected_size(site.method.codec, asked, classes, familiar) + ENVELOPE
+        yield (
+            f"leaves    at most {up:,} bytes a round: predictions on proxy rows, no row, no weight"
+        )
+    elif exchange.name in place.settings.policy.share:
+        yield f"leaves    {exchange.summary}"
+        yield f"          it tells {exchange.tells}"
+    else:
+        yield f"leaves    nothing: policy.share does not allow {exchange.name}"
     yield "privacy   no differential privacy (projected epsilon: infinite)"
 
 
@@ -107,13 +141,18 @@ def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Itera
     if chosen.exchange == "weights":
         yield f"bytes     {fedavg:,} each way per client and round (weights in float32)"
         return
+    if chosen.exchange in EXCHANGES:
+        yield f"bytes     a table of {EXCHANGES[chosen.exchange].summary} each way"
+        yield f"          WARNING: it tells {EXCHANGES[chosen.exchange].tells}"
+        return
     if chosen.exchange != "predictions":
         yield "bytes     none: this baseline exchanges nothing"
         return
-    familiar = "familiarity" in wants(chosen.bound_rule())
-    up = expected_size(chosen.codec, rows, classes, familiar) + ENVELOPE
-    down = expected_size(chosen.codec, rows, classes) + ENVELOPE
-    yield f"bytes     at most {up:,} up and {down:,} down per client and round ({chosen.codec})"
+    up = expected_size(chosen.codec, rows, classes, chosen.tells_familiarity()) + ENVELOPE
+    down = expected_size(chosen.down(), rows, classes) + ENVELOPE
+    codec = chosen.codec if chosen.down() == chosen.codec else f"{chosen.codec}, {chosen.down()}"
+    cached = ", less what the other side holds" if chosen.cache else ""
+    yield f"bytes     at most {up:,} up and {down:,} down per client and round ({codec}{cached})"
     if fedavg:
         ratio = 2 * fedavg / (up + down)
         yield f"          FedAvg would send {fedavg:,} each way: {ratio:.1f} times as much"

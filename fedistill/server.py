@@ -8,8 +8,6 @@ round and nobody else.
 from __future__ import annotations
 
 import hashlib
-import math
-import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,32 +15,38 @@ from typing import Any
 
 import numpy as np
 
-from fedistill.aggregate.rules import combine, log_softmax, wants
-from fedistill.aggregate.vigilance import Vigilance, flag_predictions
+from fedistill.aggregate.methods import keep_clear
+from fedistill.aggregate.rules import combine, softmax
+from fedistill.aggregate.vigilance import Vigilance
+from fedistill.cache import Heard, TargetCache
 from fedistill.distill.learner import Learner
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import QuorumError, Rejected, RunError
-from fedistill.metrics import agreement, entropy
+from fedistill.door import Answer as Answer
+from fedistill.door import check_claims, check_probs, check_sender, check_shape, check_terms
+from fedistill.errors import FedistillError, QuorumError, Rejected, RunError
+from fedistill.metrics import entropy
+from fedistill.panel import Panel
 from fedistill.presets import Method
 from fedistill.seeding import derive, generator
 from fedistill.store import same_names
-from fedistill.types import FloatArray, Probs, ProxySet, Rows, State, fingerprint_classes
+from fedistill.types import (
+    IntArray,
+    Probs,
+    ProxySet,
+    Rows,
+    State,
+    fingerprint_classes,
+)
 from fedistill.wire import codec as codecs
+from fedistill.wire.delta import delta_encode, quantise, restore
+from fedistill.wire.envelope import Mask, count_bits, pack_mask, unpack_mask
 from fedistill.wire.messages import Plan, RowSpec, Targets, Upload
 
+TARGET_PARTS = ("targets.missing", "targets.held", "targets.based", "targets.payload")
 COARSE = 1.0
 """Nats that a codec loses on a row when it sends little more than its class."""
-LARGEST_SIZE = 1 << 40
-"""A claimed number of rows beyond this is absurd and refused; below, it is clamped."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An upload that passed the door: its predictions, decoded."""
-
-    upload: Upload
-    probs: Probs
-    familiarity: FloatArray | None
+MOST_LATE = 3
+"""Rounds after which a late upload is of no use any more."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Server:
         participation: share of the clients asked in a round.
         quorum: fewest teachers of a round; 0 stands for 3, or as many as can be asked at once.
         limit: largest message accepted, in bytes.
+        anchors: ``[rows]`` labels of proxy rows that the server knows, -1 elsewhere.
     """
 
     shares = "probs"
@@ -94,6 +99,7 @@ class Server:
         participation: float = 1.0,
         quorum: int = 0,
         limit: int = 64 << 20,
+        anchors: IntArray | None = None,
     ) -> None:
         self.proxy = proxy
         self.classes = classes
@@ -105,13 +111,25 @@ class Server:
         self.participation = participation
         self.quorum = quorum or max(1, min(3, self._most_teachers()))
         self.limit = limit
+        self.anchors = anchors
         self.rule = method.bound_rule()
+        self.student_rule = method.bound_student_rule()
         self.run = secrets.token_hex(8)
         self.round = 0
-        self.table = np.zeros((len(proxy), len(classes)), dtype=np.float32)
+        size = len(proxy), len(classes)
+        self.table = np.zeros(size, dtype=np.float32)
         self.stamp = np.zeros(len(proxy), dtype=np.int64)
         self.targets: Targets | None = None
+        self.cache: TargetCache | None = None
+        self.heard: Heard | None = None
+        if method.cache:
+            self.cache = TargetCache(method.down(), *size, method.cache_rounds)
+            self.heard = Heard(method.codec, *size)
+        self.skipped: dict[int, bytes] = {}
+        self.let_in: dict[int, list[str]] = {}
         self.vigilance = Vigilance()
+        self._let_in: dict[str, Answer] = {}
+        self._late_in: list[tuple[int, str]] = []
 
     def _most_teachers(self) -> int:
         """Clients with rows of their own among those that one round asks, at the least."""
@@ -128,20 +146,46 @@ class Server:
         """
         if self.proxy.measure() != self.proxy.fingerprint:
             raise RunError("the proxy rows changed during the run: restore the file and --resume")
+        clients, ask = self._participants(number, attempt), self._ask(number)
+        fresh = self._fresh(ask, number)
         return Plan(
             run=self.run,
             round=number,
-            ask=self._ask(number),
+            ask=ask,
+            skip=pack_mask(fresh),
             proxy=self.proxy.fingerprint,
             classes=fingerprint_classes(self.classes),
             targets=self.targets,
-            clients=self._participants(number, attempt),
+            clients=clients,
             quorum=self.quorum,
+            own=self._own(clients),
         )
 
     def _ask(self, number: int) -> RowSpec:
+        """The rows of a round: drawn for it, or always those of the first."""
         count = min(self.per_round, len(self.proxy))
-        return RowSpec(derive(self.seed, "proxy-rows"), number, count, len(self.proxy))
+        drawn = 1 if self.method.rows == "fixed" else number
+        return RowSpec(derive(self.seed, "proxy-rows"), drawn, count, len(self.proxy))
+
+    def _fresh(self, ask: RowSpec, number: int) -> Mask:
+        """Which of them have a target that is fresh enough not to be asked."""
+        if self.cache is None:
+            return np.zeros(ask.count, dtype=bool)
+        return self.cache.fresh(ask.rows(), number)
+
+    def _own(self, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """With a cache, each client is told what it lacks, and what was heard of it last."""
+        if self.cache is None or self.heard is None:
+            return {}
+        own: dict[str, dict[str, Any]] = {
+            name: {"heard": self.heard.last.get(name, 0)} for name in clients
+        }
+        if self.targets is not None:
+            missing = unpack_mask(self.targets.missing, self.targets.spec.count)
+            told = self.cache.tell(clients, self.targets.spec, missing, self.targets.round)
+            for name, targets in told.items():
+                own[name]["targets"] = targets
+        return own
 
     def _participants(self, number: int, attempt: int) -> tuple[str, ...]:
         """A share of all, drawn from those who still answer; the silent are asked now and then."""
@@ -165,77 +209,65 @@ class Server:
             Rejected: with a short fixed reason code.
         """
         upload = Upload.from_bytes(data, self.limit)
-        self._check_sender(upload, plan, sender, seen)
-        self._check_terms(upload, plan)
-        self._check_claims(upload)
-        answer = Answer(upload, *self._check_values(upload))
-        seen.add(sender)
+        late = self._late(upload, plan)
+        asked = plan.clients if not late else self.enrolled
+        check_sender(upload, sender, asked, self.enrolled, plan.run)
+        if upload.round != plan.round and not late:
+            raise Rejected("stale_round", f"round {upload.round}, expected {plan.round}")
+        known = f"{sender} {upload.round}" if late else sender
+        if known in seen or (late and sender in self.let_in[upload.round]):
+            raise Rejected("duplicate", "this client has answered already; the first answer counts")
+        check_terms(
+            upload,
+            plan,
+            shares=self.shares,
+            codec=self.method.codec,
+            familiarity=self.method.tells_familiarity(),
+        )
+        answer = self._open(upload, self._rows_of_round(upload.round, plan), late)
+        check_claims(upload, len(self.classes))
+        if late and not len(answer.on(plan.rows())[0]):
+            raise Rejected("stale_round", "none of its rows is asked in this round")
+        if late:
+            self.vigilance.note(sender, answered=True)
+            self._late_in.append((upload.round, sender))
+        else:
+            self._let_in[sender] = answer
+        seen.add(known)
         return answer
 
-    def _check_sender(self, upload: Upload, plan: Plan, sender: str, seen: set[str]) -> None:
-        if upload.client not in self.enrolled:
-            raise Rejected("unknown_client", "nobody of that id is enrolled")
-        if upload.client != sender:
-            raise Rejected("conflict", "the id belongs to another client")
-        if upload.client not in plan.clients:
-            raise Rejected("not_sampled", "this client was not asked")
-        if upload.run != plan.run:
-            raise Rejected("run", "an upload of another run")
-        if upload.round != plan.round:
-            raise Rejected("stale_round", f"round {upload.round}, expected {plan.round}")
-        if upload.client in seen:
-            raise Rejected("duplicate", "this client has answered already; the first answer counts")
+    def _late(self, upload: Upload, plan: Plan) -> int:
+        """Rounds that an upload is late, if the method has a use for late ones."""
+        age = plan.round - upload.round
+        return age if self.method.late and upload.round in self.skipped and age > 0 else 0
 
-    def _check_terms(self, upload: Upload, plan: Plan) -> None:
-        """What both sides must mean alike before a number can be compared."""
-        if upload.proxy != plan.proxy:
-            raise Rejected("proxy_version", "predictions on other proxy rows")
-        if upload.classes != plan.classes:
-            raise Rejected("class_map", "other classes, or another order of them")
-        if upload.share not in {self.shares, "none"}:
-            raise Rejected("kind", f"this run exchanges {self.shares} only")
-        if upload.codec != self.method.codec:
-            raise Rejected("codec", f"expected {self.method.codec}")
-        if upload.temperature != 1.0:
-            raise Rejected("temperature", "expected predictions at temperature 1")
-        if upload.familiarity != ("familiarity" in self._wanted()):
-            raise Rejected("fields", "familiarity is expected by the rule, or is not")
-        expected = self._expected_shape(plan, teaches=upload.share != "none")
-        if upload.shape != expected:
-            raise Rejected("shape", f"expected {expected}, found {upload.shape}")
+    def _rows_of_round(self, number: int, plan: Plan) -> IntArray:
+        """What was asked in this round, or in one before."""
+        if number == plan.round:
+            return plan.rows()
+        ask = self._ask(number)
+        rows: IntArray = ask.rows()[~unpack_mask(self.skipped[number], ask.count)]
+        return rows
 
-    def _expected_shape(self, plan: Plan, *, teaches: bool) -> tuple[int, int]:
-        return (plan.ask.count if teaches else 0, len(self.classes))
-
-    def _check_claims(self, upload: Upload) -> None:
-        """Claims about the client's own rows and privacy."""
+    def _open(self, upload: Upload, asked: IntArray, late: int) -> Answer:
+        """Decode an upload, and judge its values."""
         teaches = upload.share != "none"
-        if not (int(teaches) <= upload.size <= LARGEST_SIZE) or (
-            upload.size & (upload.size - 1) and upload.size
-        ):
-            raise Rejected("size", "expected a power of two, or 0 without own rows")
-        if upload.epsilon is not None and not (
-            math.isfinite(upload.epsilon) and upload.epsilon >= 0
-        ):
-            raise Rejected("epsilon", "expected a finite number of at least 0")
-        if not re.fullmatch("[0-9a-f]+", upload.seen):
-            raise Rejected("seen", "expected a bit mask in hexadecimal")
-        if int(upload.seen, 16) >= 1 << len(self.classes):
-            raise Rejected("seen", "the mask names classes that do not exist")
-
-    def _check_values(self, upload: Upload) -> tuple[Probs, FloatArray | None]:
-        """The predictions themselves: finite, and probabilities."""
-        probs, familiarity = upload.decode()
-        if not np.isfinite(probs).all():
-            raise Rejected("nonfinite", "NaN or infinity among the predictions")
-        if probs.size and (
-            probs.min() < 0 or probs.max() > 1.01 or np.abs(probs.sum(axis=1) - 1).max() > 1e-2
-        ):
-            raise Rejected("not_probs", "rows must be non-negative and sum to 1")
-        return probs, familiarity
-
-    def _wanted(self) -> frozenset[str]:
-        return wants(self.rule)
+        count = len(asked) - count_bits(upload.declined, len(asked)) if teaches else 0
+        partial = teaches and self.method.accept > 0
+        check_shape(upload, (count, len(self.classes)), partial=partial)
+        rows = asked[upload.answered(len(asked))] if teaches else asked[:0]
+        reference = None
+        if self.heard is not None:
+            reference = self.heard.reference(upload.client, rows)
+        try:
+            codes = upload.codes(reference)
+        except Rejected as refusal:
+            if self.heard is not None and refusal.reason == "reference" and not late:
+                self.heard.forget(upload.client)
+            raise
+        probs = restore(upload.codec, codes, len(self.classes))
+        check_probs(probs)
+        return Answer(upload, rows, probs, upload.read_familiarity(), codes, late)
 
     # --- combine -------------------------------------------------------------------------------
 
@@ -246,49 +278,61 @@ class Server:
             QuorumError: fewer teachers than the quorum; the soft targets stay as they were.
         """
         teachers = self._teachers(plan, answers)
-        probs, weights, flags = flag_predictions(
-            {answer.upload.client: answer.probs for answer in teachers},
-            {a.upload.client: a.familiarity for a in teachers if a.familiarity is not None},
+        panel, flags = Panel.of(teachers, plan.rows(), len(self.classes)).watched(
+            self._known(plan.rows()),
             coarse=codecs.CODECS[self.method.codec].loss >= COARSE,
+            quorum=self.quorum,
         )
-        if (weights > 0).sum() < self.quorum:
-            # Leaving the silent ones out would publish what too few clients said.
-            weights = np.ones(len(teachers))
-        logits = log_softmax(np.log(np.maximum(probs, 1e-12)))
-        targets = combine(
-            self.rule, logits, weights, sharpen=self.method.sharpen, **self._extras(teachers)
-        )
-        self._publish(plan, targets)
-        epsilons = [answer.upload.epsilon for answer in answers]
-        known = [epsilon for epsilon in epsilons if epsilon is not None]
-        answered = ~np.isnan(targets).any(axis=1)
+        targets, lesson = self._ask_rules(panel, teachers, plan.rows())
+        self._learn(plan, lesson)
+        if self.method.teach == "targets":
+            self._publish(plan, targets)
+        clear = ~np.isnan(lesson).any(axis=1)
         return Combined(
-            agreement=float(np.mean([agreement(p[answered], targets[answered]) for p in probs])),
-            target_entropy=entropy(targets[answered]),
+            agreement=panel.agreement(lesson),
+            target_entropy=entropy(lesson[clear]) if clear.any() else None,
             flags=flags,
-            # One client without a bound, and there is no bound.
-            epsilon_max=max(known) if len(known) == len(epsilons) and known else None,
+            epsilon_max=_largest([answer.upload.epsilon for answer in answers]),
         )
+
+    def _ask_rules(
+        self, panel: Panel, teachers: Sequence[Answer], asked: IntArray
+    ) -> tuple[Probs, Probs]:
+        """Targets for the clients, and what the student is to learn; NaN for rows without."""
+        logits, voices = panel.logits(), panel.voices(self.method.late)
+        sharpen = self.method.sharpen
+        labels = self.anchors if self.anchors is not None else np.full(len(self.proxy), -1)
+        extras = {
+            "seen": np.array([a.upload.seen_classes(len(self.classes)) for a in teachers]),
+            "sizes": np.array([self._rows_of(a.upload) for a in teachers], dtype=np.float64),
+            "clients": panel.names,
+            "familiarity": panel.familiarity,
+            "anchors": labels[asked],
+        }
+        lesson = targets = combine(self.rule, logits, voices, sharpen=sharpen, **extras)
+        if self.student_rule is not None:
+            lesson = combine(self.student_rule, logits, voices, sharpen=sharpen, **extras)
+        lesson = keep_clear(lesson, self.method.ambiguity)
+        targets[np.isnan(lesson).any(axis=1)] = np.nan
+        return targets, lesson
 
     def _teachers(self, plan: Plan, answers: Sequence[Answer]) -> list[Answer]:
         """Those who teach, in the order of their ids: the order of arrival must not matter."""
-        teachers = [answer for answer in answers if answer.upload.share == self.shares]
-        if len(teachers) < self.quorum:
+        newest: dict[str, Answer] = {}
+        for answer in sorted(answers, key=lambda answer: answer.age, reverse=True):
+            if answer.upload.share == self.shares:  # a fresh answer stands for a late one too
+                newest[answer.upload.client] = answer
+        if len(newest) < self.quorum:
             raise QuorumError(
-                f"round {plan.round}: {len(teachers)} usable uploads, the quorum is {self.quorum}"
+                f"round {plan.round}: {len(newest)} usable uploads, the quorum is {self.quorum}"
             )
-        return sorted(teachers, key=lambda answer: answer.upload.client)
+        return [newest[name] for name in sorted(newest)]
 
-    def _extras(self, teachers: Sequence[Answer]) -> dict[str, FloatArray]:
-        """What a rule may ask for beside predictions and weights."""
-        sizes = [self._rows_of(answer.upload) for answer in teachers]
-        extras: dict[str, FloatArray] = {
-            "seen": np.array([a.upload.seen_classes(len(self.classes)) for a in teachers]),
-            "sizes": np.array(sizes, dtype=np.float64),
-        }
-        if "familiarity" in self._wanted():
-            extras["familiarity"] = np.array([a.familiarity for a in teachers])
-        return extras
+    def _known(self, asked: IntArray) -> Probs | None:
+        """The targets of these rows that clients were told before; NaN where there are none."""
+        if self.method.teach != "targets" or self.student_rule is not None:
+            return None
+        return np.where(self.stamp[asked, None] > 0, self.table[asked], np.nan)
 
     def _rows_of(self, upload: Upload) -> int:
         """The rows a client counts with: what it says now, and no more than it said at first."""
@@ -297,30 +341,76 @@ class Server:
             self.enrolled[upload.client] = declared = upload.size
         return min(upload.size, declared)
 
+    def _learn(self, plan: Plan, lesson: Probs) -> None:
+        """Keep what the student is to learn of the rows asked; all others of the round stay."""
+        told = ~np.isnan(lesson).any(axis=1)
+        asked = plan.rows()
+        self.table[asked[told]] = lesson[told]
+        rows = plan.ask.rows()
+        fresh = ~np.isin(rows, asked)
+        self.stamp[rows[fresh]], self.stamp[asked[told]] = plan.round, plan.round
+
     def _publish(self, plan: Plan, targets: Probs) -> None:
-        """Code the targets and keep what everybody will decode, so that all learn from the same."""
-        answered = ~np.isnan(targets).any(axis=1)
+        """Code the targets and keep what everybody will decode, so that all learn from the same.
+
+        Args:
+            plan: of the round.
+            targets: ``[rows asked, classes]`` or ``[rows asked, choices, classes]``.
+        """
+        codec, classes = self.method.down(), len(self.classes)
+        if self.cache is not None and targets.ndim == 3:
+            raise FedistillError(
+                "a cache keeps one target a row, the rule gives several: set method.cache = false, "
+                "or choose another rule"
+            )
+        missing = np.isnan(targets).any(axis=tuple(range(1, targets.ndim)))
+        choices = targets.shape[1] if targets.ndim == 3 else 1
         seed = derive(self.seed, "server", plan.round, "encode")
-        coded = codecs.encode(self.method.codec, targets[answered], seed=seed)
+        codes = quantise(codec, targets[~missing].reshape(-1, classes), seed=seed)
+        asked, rows = plan.rows(), plan.ask.rows()
+        if self.student_rule is None and self.method.teach == "targets":
+            self.table[asked[~missing]] = restore(codec, codes, classes)
+        if self.cache is not None:
+            self.cache.put(asked[~missing], codes, plan.round)
         self.targets = Targets(
+            round=plan.round,
             spec=plan.ask,
-            codec=self.method.codec,
-            classes=len(self.classes),
-            missing=tuple(int(row) for row in np.flatnonzero(~answered)),
-            payload=codecs.pack(coded),
+            codec=codec,
+            classes=classes,
+            choices=choices,
+            missing=pack_mask(np.isin(rows, asked[missing])),
+            payload=b"" if self.cache is not None else delta_encode(codec, codes),
         )
-        rows = self.targets.rows()
-        self.table[rows], self.stamp[rows] = self.targets.probs(), plan.round
 
     def close(self, plan: Plan, answered: Collection[str]) -> None:
         """The round is done: remember it, and who answered."""
         self.round = plan.round
         self.vigilance.note_all(plan.clients, answered)
+        if self.method.late:
+            self.skipped[plan.round] = plan.skip
+            self.let_in[plan.round] = sorted(self._let_in)
+            for number, name in self._late_in:
+                self.let_in[number].append(name)
+            self._late_in.clear()
+            for old in (self.skipped, self.let_in):
+                old.pop(plan.round - MOST_LATE, None)
+        if self.cache is not None:
+            self.cache.settle(plan.clients, answered)
+        for name, answer in self._let_in.items():
+            if self.heard is not None and answer.codes is not None and len(answer.rows):
+                self.heard.note(name, answer.rows, answer.codes, plan.round)
+        self._let_in.clear()
+
+    def forget(self, client: str) -> None:
+        """A client lacks what the plan relied on: begin anew with it, on both ways."""
+        if self.cache is not None and self.heard is not None:
+            self.cache.forget(client)
+            self.heard.forget(client)
 
     # --- distil --------------------------------------------------------------------------------
 
-    def distil(self) -> None:
-        """Teach the server's student."""
+    def distil(self, plan: Plan | None = None) -> None:
+        """Teach the server's student; where it is the teacher, publish what it says of the rows."""
         if self.student is None:
             return
         rows, weights = self.method.lesson(self.stamp)
@@ -332,6 +422,11 @@ class Server:
         )
         # A learner may keep what it absorbs for its next fit, and the server has no rows for one.
         self.student.fit(self._no_rows(), seed=derive(self.seed, "server-fit", self.round))
+        if self.method.teach == "student" and plan is not None:
+            asked = plan.rows()
+            said = softmax(self.student.predict(self.proxy.inputs[asked]))
+            known = self.stamp[asked] > 0
+            self._publish(plan, np.where(known[:, None], said, np.nan))
 
     def _no_rows(self) -> Rows:
         return Rows(self.proxy.inputs[:0], np.empty(0, dtype=np.int64))
@@ -351,15 +446,28 @@ class Server:
         facts: dict[str, Any] = {"run": self.run, "round": self.round}
         facts["vigilance"] = self.vigilance.state_dict()
         facts["enrolled"] = self.enrolled
+        facts["skipped"] = {str(number): mask.hex() for number, mask in self.skipped.items()}
+        facts["let_in"] = {str(number): names for number, names in self.let_in.items()}
+        for name, part in self._held().items():
+            arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+            facts[name] = part.facts()
+        for name, rule in self._remembering().items():
+            facts[name] = rule.state_dict()
         if self.targets is not None:
-            told = self.targets
-            arrays["targets"] = np.frombuffer(told.payload, dtype=np.uint8)
-            facts["targets"] = {
-                "round": told.spec.round,
-                "codec": told.codec,
-                "missing": list(told.missing),
-            }
+            parts = zip(TARGET_PARTS, self.targets.parts(), strict=True)
+            arrays |= {name: np.frombuffer(part, dtype=np.uint8) for name, part in parts}
+            facts["targets"] = self.targets.header()
         return arrays, facts
+
+    def _held(self) -> dict[str, TargetCache | Heard]:
+        if self.cache is None or self.heard is None:
+            return {}
+        return {"cache": self.cache, "heard": self.heard}
+
+    def _remembering(self) -> dict[str, Any]:
+        """Rules that remember from round to round."""
+        rules = {"rule": self.rule, "student_rule": self.student_rule}
+        return {name: rule for name, rule in rules.items() if hasattr(rule, "load_state_dict")}
 
     def load_state_dict(self, arrays: State, facts: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
@@ -372,12 +480,20 @@ class Server:
             if isinstance(self.student, TorchStudent):
                 same_names(saved, self.student.state_dict(), "the student")
             self.student.load_state_dict(saved, self._no_rows())
+        self.skipped = {int(k): bytes.fromhex(v) for k, v in facts["skipped"].items()}
+        self.let_in = {int(k): list(names) for k, names in facts["let_in"].items()}
+        for name, part in self._held().items():
+            start = len(name) + 1
+            kept = {key[start:]: v for key, v in arrays.items() if key.startswith(f"{name}.")}
+            part.load_state_dict(kept, facts[name])
+        for name, rule in self._remembering().items():
+            rule.load_state_dict(facts[name])
         if "targets" in facts:
-            told = facts["targets"]
-            self.targets = Targets(
-                spec=self._ask(told["round"]),
-                codec=told["codec"],
-                classes=len(self.classes),
-                missing=tuple(told["missing"]),
-                payload=arrays["targets"].tobytes(),
-            )
+            parts = [arrays[name].tobytes() for name in TARGET_PARTS]
+            self.targets = Targets.read_header(facts["targets"], parts)
+
+
+def _largest(epsilons: Sequence[float | None]) -> float | None:
+    """The largest privacy loss; one client without a bound, and there is no bound."""
+    known = [epsilon for epsilon in epsilons if epsilon is not None]
+    return max(known) if known and len(known) == len(epsilons) else None

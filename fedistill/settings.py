@@ -92,6 +92,11 @@ class ProxySettings:
     rows: int = setting(400, "proxy rows, drawn from the seed", low=1)
     per_round: int = setting(0, "rows asked in a round; 0: all of them", low=0)
     path: str = setting("", "source of the proxy rows; empty: drawn from the data")
+    labelled: int = setting(
+        0,
+        "proxy rows whose labels the server knows (anchors): for rules that judge by them; 0: none",
+        low=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +158,13 @@ class ClientsSettings(TrainSettings):
     )
     participation: float = setting(1.0, "share of the clients asked in a round", above=0, high=1)
     quorum: int = setting(0, "fewest usable uploads of a round; 0: 3, or all if fewer", low=0)
+    dropout: float = setting(
+        0.0, "simulated: share of those asked who are offline in a round", low=0, high=1
+    )
+    stragglers: float = setting(
+        0.0, "simulated: share of those asked whose upload misses the deadline", low=0, high=1
+    )
+    lateness: int = setting(1, "rounds by which the upload of a straggler is late", low=1)
     group: tuple[GroupSettings, ...] = setting((), "clients of other kinds")
 
 
@@ -163,7 +175,50 @@ class MethodSettings:
     preset: str = setting("fedistill", "the method", choices="methods")
     rule: str | None = setting(None, "how predictions become soft targets", choices="rules")
     codec: str | None = setting(None, "how predictions become bytes", choices="codecs")
+    codec_down: str | None = setting(
+        None,
+        "how soft targets become bytes; not set: as the method has it, or like codec",
+        choices="codecs",
+    )
+    cache: bool | None = setting(None, "send what changed against what the other side holds")
+    cache_rounds: int | None = setting(
+        None, "with a cache: rounds that a soft target stays fresh and is not asked again", low=0
+    )
+    rows: str | None = setting(
+        None,
+        "proxy rows: drawn for each round, or fixed to those of the first",
+        choices=("drawn", "fixed"),
+    )
     sharpen: str | None = setting(None, "after the rule: none, era:TEMPERATURE or power:EXPONENT")
+    student_rule: str | None = setting(
+        None, "the rule for the server's student, where it is another one", choices="rules"
+    )
+    teach: str | None = setting(
+        None,
+        "clients learn from the soft targets, or from what the server's student predicts",
+        choices=("targets", "student"),
+    )
+    familiarity: str | None = setting(
+        None,
+        "how a client tells which rows are like its own: none, head (an output of its network), "
+        "kulsif, logistic",
+        choices=("none", "head", "kulsif", "logistic"),
+    )
+    accept: float | None = setting(
+        None,
+        "clients answer rows as familiar as this quantile of their own; 0: all rows",
+        low=0,
+        high=1,
+    )
+    ambiguity: float | None = setting(
+        None, "targets this far (L1) from certainty are dropped; 2: none is", above=0, high=2
+    )
+    late: float | None = setting(
+        None,
+        "what an upload counts that comes a round late, and again for each round; 0: nothing",
+        low=0,
+        high=1,
+    )
     temperature: float | None = setting(None, "temperature of the distillation loss", above=0)
     distil: str | None = setting(
         None,
@@ -188,7 +243,21 @@ class MethodSettings:
         high=1,
     )
     prior_rows: float | None = setting(
-        None, "distribution-weighted: rows a client's familiarity must outweigh", low=0
+        None, "distribution-weighted, trust: rows a client's familiarity must outweigh", low=0
+    )
+    exponent: float | None = setting(None, "power: above 1 sharpens", above=0)
+    trim: float | None = setting(None, "trimmed-mean: share cut off at either end", low=0, high=0.5)
+    byzantine: float | None = setting(
+        None, "krum: share of bad clients that is assumed", low=0, high=0.5
+    )
+    diversity: float | None = setting(None, "consensus: weight of those who disagree", low=0)
+    centroids: int | None = setting(None, "clusters: targets a row", low=1, high=64)
+    rate: float | None = setting(None, "trust: how fast it is lost", low=0)
+    forget: float | None = setting(
+        None, "trust: what is left of a bad record a round later", low=0, high=1
+    )
+    guide_weight: float | None = setting(
+        None, "fd, fedproto, fedhenn: weight of what others shared", low=0
     )
 
 
@@ -205,6 +274,15 @@ class PrivacySettings:
     """Differential privacy of what a client shares."""
 
     mechanism: str = setting("none", "how predictions are made private", choices="mechanisms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackSettings:
+    """Simulated bad clients; the baselines run without them."""
+
+    kind: str | None = setting(None, "what the bad clients do", choices="attacks")
+    count: int = setting(0, "how many are bad, drawn from the seed", low=0)
+    collude: bool = setting(False, "they pool their rows, train alike and disguise it by noise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +342,7 @@ class Settings:
     method: MethodSettings = setting(MethodSettings, "")
     student: StudentSettings = setting(StudentSettings, "")
     privacy: PrivacySettings = setting(PrivacySettings, "")
+    attack: AttackSettings = setting(AttackSettings, "")
     backend: BackendSettings = setting(BackendSettings, "")
     evaluation: EvaluationSettings = setting(EvaluationSettings, "")
     deployment: DeploymentSettings = setting(DeploymentSettings, "")
@@ -288,6 +367,10 @@ class OwnDataSettings:
     drop: tuple[str, ...] = setting((), "columns that the public rows do not have: to leave out")
 
 
+SHARED = ("class-logits", "prototypes", "kernel")
+"""What a site may allow to be shared beside predictions on proxy rows."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicySettings:
     """What a site allows, whatever the coordinator asks."""
@@ -295,6 +378,10 @@ class PolicySettings:
     runs: int = setting(0, "most runs that are answered; 0: no limit", low=0)
     rounds: int = setting(0, "most rounds of one run that are answered; 0: no limit", low=0)
     rows: int = setting(0, "most proxy rows answered in a round; 0: all of them", low=0)
+    share: tuple[str, ...] = setting(
+        (),
+        "what may be shared beside predictions on proxy rows: class-logits, prototypes, kernel",
+    )
     seconds: float = setting(
         0.0, "longest step; 0: until the coordinator no longer waits for it", low=0
     )

@@ -28,7 +28,7 @@ from fedistill.types import State
 MAGIC = b"FDstate\n"
 SCHEMA = 1
 HEADER = len(MAGIC) + 2 + 32
-GROWS = "optimizer."
+GROWS = ("optimizer.", "guide.")
 """Names of what a learner has only after its first step: a fresh one cannot list them."""
 
 

@@ -31,7 +31,6 @@ class Tally:
         self.started = time.monotonic()
         self.bytes_up: int = before.bytes_up if before else 0
         self.bytes_down: int = before.bytes_down if before else 0
-        self._plan_size = len(plan.to_bytes()) if travels else 0
         self._told: set[str] = set()
 
     def take(self, reply: Reply | Failure, server: Server) -> None:
@@ -39,19 +38,30 @@ class Tally:
         self.heard += 1
         # Who was not enrolled may call itself anything: its name is not for the log as it is.
         name = reply.client if reply.client in server.enrolled else _code(reply.client)
-        if name in self.plan.clients and name not in self._told:
+        if reply.asked and name in self.plan.clients and name not in self._told:
             self._told.add(name)
-            self.bytes_down += self._plan_size * reply.asked
+            if self.travels:
+                self.bytes_down += len(self.plan.message(name)) * reply.asked
         if isinstance(reply, Failure):
+            if reply.reason == "reference":
+                server.forget(name)
             self._drop(name, _code(reply.reason))
             return
         self.bytes_up += len(reply.data) if self.travels else 0
         try:
             self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))
         except Rejected as refusal:
-            self._drop(name, refusal.reason)
+            if reply.asked:
+                self._drop(name, refusal.reason)
+            else:  # of a round before, and of no use in this one
+                self._tell("dropped", name, reason=refusal.reason)
             return
         self._tell("answered", name, bytes_up=len(reply.data), seconds=self._seconds())
+
+    @property
+    def late(self) -> int:
+        """How many of the answers are of a round before."""
+        return sum(answer.age > 0 for answer in self.answers)
 
     def _drop(self, name: str, reason: str) -> None:
         self.dropped.setdefault(name, reason)

@@ -9,12 +9,14 @@ first that it breaks, with what was expected and what was found::
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedistill.aggregate.rules import Rule, softmax, wants
+from fedistill.aggregate.rules import Rule, configure, softmax, takes, wants
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Familiar, Learner
 from fedistill.distill.recipe import Recipe
@@ -53,14 +55,24 @@ def _name(function: Any) -> str:
 # --- rules -------------------------------------------------------------------------------------
 
 
-def check_rule(rule: Rule) -> None:
+def check_rule(rule: Rule | str) -> None:
     """Prove that a rule makes one row of probabilities of many, and treats clients alike.
 
     The result has shape ``[rows, classes]``, is finite and non-negative, and sums to 1, also for
-    one client, one class, float16 and extreme logits, weights ``[clients, rows]`` and clients
-    that have seen no class. Order of clients means nothing; renaming classes renames the output;
-    what everybody says first stays first; a client of weight zero has no say; a row on which all
-    weights are zero is NaN or a row of probabilities; the arguments stay as they are.
+    one client, one class, float16 and extreme logits, weights ``[clients, rows]``, clients that
+    have seen no class, and without what it can do without. Order of clients means nothing;
+    renaming classes renames the output; what everybody says first stays first; a client of weight
+    zero has no say; a row on which all weights are zero is NaN or a row of probabilities; the
+    arguments stay as they are.
+
+    A rule that returns several targets a row, ``[rows, choices, classes]``, keeps all this for
+    each of them. One that remembers keeps it in any one round, and goes on from what
+    ``state_dict`` gave as if nothing had happened.
+
+    Args:
+        rule: a function; a class, which is made anew for each property as
+            :func:`~fedistill.aggregate.rules.configure` makes it anew for each federation; an
+            object with ``state_dict``, of which each property gets a copy; or the name of a rule.
 
     >>> def boldest(logits, weights):
     ...     probs = softmax(logits) * weights.reshape(len(logits), -1, 1)
@@ -71,41 +83,53 @@ def check_rule(rule: Rule) -> None:
     Traceback (most recent call last):
         ...
     fedistill.testing.CheckFailed: rule <lambda>, three clients: expected ..., found ...
+    >>> check_rule("trust")
     """
-    part = f"rule {_name(rule)}"
+    part = f"rule {rule if isinstance(rule, str) else _name(rule)}"
+    make = _maker(rule)
     case = _case()
     before = {name: value.copy() for name, value in case.items()}
-    usual = _probs(rule, case, f"{part}, three clients")
+    usual = _probs(make(), case, f"{part}, three clients")
     changed = [name for name in case if not np.array_equal(case[name], before[name])]
     expect(not changed, part, "arguments left as they are", f"{', '.join(changed)} changed")
-    _same(_probs(rule, case, part), usual, f"{part}, called twice")
+    _same(_probs(make(), case, part), usual, f"{part}, called twice")
 
     for title, other in _hard_cases():
-        _probs(rule, other, f"{part}, {title}")
+        _probs(make(), other, f"{part}, {title}")
+    if spare := sorted(takes(make()) - wants(make())):
+        bare = {name: value for name, value in case.items() if name not in spare}
+        _probs(make(), bare, f"{part}, without {', '.join(spare)}")
     half = case | {"logits": case["logits"].astype(np.float16)}
     _same(
-        _probs(rule, half, f"{part}, float16"),
-        _probs(rule, half | {"logits": half["logits"].astype(np.float64)}, part),
+        _probs(make(), half, f"{part}, float16"),
+        _probs(make(), half | {"logits": half["logits"].astype(np.float64)}, part),
         f"{part}, float16",
         within=1e-3,
     )
 
-    turned = {name: value[[2, 0, 1]] for name, value in case.items()}
-    _same(_probs(rule, turned, part), usual, f"{part}, clients in another order")
+    turned = {n: value if n == "anchors" else value[[2, 0, 1]] for n, value in case.items()}
+    _same(_probs(make(), turned, part), usual, f"{part}, clients in another order")
 
-    classes = [2, 0, 1]
-    renamed = case | {"logits": case["logits"][:, :, classes], "seen": case["seen"][:, classes]}
-    _same(_probs(rule, renamed, part), usual[:, classes], f"{part}, classes renamed")
+    classes, anchors = [2, 0, 1], case["anchors"]
+    renamed = case | {
+        "logits": case["logits"][:, :, classes],
+        "seen": case["seen"][:, classes],
+        "anchors": np.where(anchors >= 0, np.argsort(classes)[anchors], -1),
+    }
+    _same(_probs(make(), renamed, part), usual[..., classes], f"{part}, classes renamed")
 
     agreed = case["logits"].argmax(axis=2)[0]
-    voices = case["logits"] + 9 * (np.arange(CLASSES) == agreed[:, None])
-    united = case | {"logits": voices, "seen": np.ones_like(case["seen"])}
-    found = _probs(rule, united, part).argmax(axis=1)
+    united = case | {
+        "logits": case["logits"] + 9 * (np.arange(CLASSES) == agreed[:, None]),
+        "seen": np.ones_like(case["seen"]),
+        "anchors": np.where(anchors >= 0, agreed, -1),
+    }
+    found = _probs(make(), united, part).argmax(axis=-1).reshape(ROWS, -1)
     expect(
-        bool((found == agreed).all()),
+        bool((found == agreed[:, None]).all()),
         f"{part}, unanimous clients",
         f"the class they agree on {agreed.tolist()}",
-        found.tolist(),
+        found.squeeze(axis=1).tolist() if found.shape[1] == 1 else found.tolist(),
     )
 
     muted = case | {"weights": np.array([1.0, 0.0, 0.5])}
@@ -113,30 +137,58 @@ def check_rule(rule: Rule) -> None:
     lied["logits"][1] = -lied["logits"][1]
     lied["familiarity"][1] += 1.0
     lied["sizes"][1] *= 4
-    _same(_probs(rule, lied, part), _probs(rule, muted, part), f"{part}, a client of weight zero")
+    alone = f"{part}, a client of weight zero"
+    _same(_probs(make(), lied, part), _probs(make(), muted, part), alone)
 
     silent = case | {"weights": np.tile(case["weights"][:, None], ROWS)}
     silent["weights"][:, 2] = 0.0
-    _probs(rule, silent, f"{part}, a row without weights", unanswered=2)
+    _probs(make(), silent, f"{part}, a row without weights", unanswered=2)
+
+    if hasattr(make(), "state_dict"):
+        _check_memory(make, case, part)
+
+
+def _maker(rule: Rule | str) -> Callable[[], Rule]:
+    """Makes the rule as it is before its first round, so that no property sees another's."""
+    first = configure(rule)
+    if hasattr(first, "state_dict"):
+        return lambda: copy.deepcopy(first)
+    return lambda: first
+
+
+def _check_memory(make: Callable[[], Any], case: Mapping[str, FloatArray], part: str) -> None:
+    """What a rule remembers is written between rounds, and a resumed run goes on from it."""
+    rule, resumed = make(), make()
+    _probs(rule, case, part)
+    try:
+        state = json.loads(json.dumps(rule.state_dict(), allow_nan=False))
+    except (TypeError, ValueError) as problem:
+        raise CheckFailed(f"{part}, state: expected what JSON can say, found {problem}") from None
+    resumed.load_state_dict(state)
+    went_on = _probs(rule, case, f"{part}, second round")
+    _same(_probs(resumed, case, part), went_on, f"{part}, second round after restoring")
 
 
 def _case(
     clients: int = 3, rows: int = ROWS, classes: int = CLASSES, scale: float = 2.0
-) -> dict[str, FloatArray]:
-    """Arguments of a rule, by name; the first axis of each is the clients."""
+) -> dict[str, Any]:
+    """Arguments of a rule, by name; the first axis of each is the clients, but for anchors."""
     random = generator("check-rule", clients, rows, classes)
     seen = random.random((clients, classes)) < 0.7
     seen[0] = True
+    number = np.arange(rows)
     return {
         "logits": scale * random.normal(size=(clients, rows, classes)),
         "weights": np.resize([1.0, 0.5, 1.0], clients),
         "seen": seen,
         "familiarity": random.normal(size=(clients, rows)),
         "sizes": 2.0 ** random.integers(0, 10, clients),
+        "clients": np.array([f"site-{k}" for k in range(clients)]),
+        "anchors": np.where(number % 2, -1, number // 2 % classes),
     }
 
 
-def _hard_cases() -> Sequence[tuple[str, dict[str, FloatArray]]]:
+def _hard_cases() -> Sequence[tuple[str, dict[str, Any]]]:
     usual = _case()
     return [
         ("one client", _case(clients=1)),
@@ -147,18 +199,25 @@ def _hard_cases() -> Sequence[tuple[str, dict[str, FloatArray]]]:
         ("weights by row", usual | {"weights": np.tile(usual["weights"][:, None], ROWS)}),
         ("clients that have seen nothing", usual | {"seen": np.zeros_like(usual["seen"])}),
         ("clients without rows", usual | {"sizes": np.zeros_like(usual["sizes"])}),
+        ("no label known", usual | {"anchors": np.full(ROWS, -1)}),
     ]
 
 
-def _probs(
-    rule: Rule, case: Mapping[str, FloatArray], part: str, unanswered: int | None = None
-) -> Probs:
+def _probs(rule: Rule, case: Mapping[str, Any], part: str, unanswered: int | None = None) -> Probs:
     """What the rule says, once it is proved to be probabilities."""
-    extras = {name: case[name] for name in wants(rule)}
+    extras = {name: case[name] for name in takes(rule) & case.keys()}
+    if "clients" in extras:
+        extras["clients"] = extras["clients"].tolist()
     with np.errstate(invalid="ignore", divide="ignore"):
         found = np.asarray(rule(case["logits"], case["weights"], **extras))
     shape = case["logits"].shape[1:]
-    expect(found.shape == shape, part, f"[rows, classes] = {list(shape)}", list(found.shape))
+    several = found.ndim == 3 and found.size and (len(found), found.shape[2]) == shape
+    expect(
+        found.shape == shape or bool(several),
+        part,
+        f"[rows, classes] = {list(shape)}",
+        list(found.shape),
+    )
     rows = found
     if unanswered is not None and np.isnan(found[unanswered]).all():
         rows = np.delete(found, unanswered, axis=0)
@@ -167,15 +226,17 @@ def _probs(
         wanted += " or, without any weight, NaN; never 0"
     expect(bool(np.isfinite(rows).all()), part, wanted, "NaN or infinity")
     expect(bool((rows >= 0).all()), part, f"{wanted}, at least 0", rows.min())
-    sums = rows.sum(axis=1)
+    sums = rows.sum(axis=-1).ravel()
     worst = sums[np.abs(sums - 1).argmax()]
     expect(abs(worst - 1) < 1e-6, part, f"{wanted} that sum to 1", f"a row with sum {worst:.7g}")
     return found
 
 
 def _same(found: FloatArray, wanted: FloatArray, part: str, within: float = 1e-9) -> None:
+    told = f"the same result (within {within:g})"
+    expect(found.shape == wanted.shape, part, told, f"shape {list(found.shape)}")
     gap = float(np.abs(found - wanted).max(initial=0.0))
-    expect(gap <= within, part, f"the same result (within {within:g})", f"a gap of {gap:.3g}")
+    expect(gap <= within, part, told, f"a gap of {gap:.3g}")
 
 
 # --- codecs ------------------------------------------------------------------------------------

@@ -80,7 +80,8 @@ class Rows:
 class Dataset:
     """A source, split into what clients may own, what everybody sees, and what measures.
 
-    ``public.labels`` are all -1: labels of proxy rows are never used.
+    ``public.labels`` are -1, but for the rows of ``proxy.labelled``, whose labels the server knows;
+    no client is ever given them.
     """
 
     name: str

@@ -21,8 +21,10 @@ from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.server import Server
 from fedistill.types import ProxySet, Rows, fingerprint_classes
-from fedistill.wire import codec as codecs
-from fedistill.wire.messages import CHECKSUM, Failure, Plan, Upload, bucket, seal, unseal
+from fedistill.wire.codec import pack
+from fedistill.wire.delta import delta_encode, quantise
+from fedistill.wire.envelope import CHECKSUM, VERSION, seal, unseal
+from fedistill.wire.messages import Failure, Plan, Upload, bucket
 
 torch.set_num_threads(1)
 
@@ -122,6 +124,12 @@ def saying(name: str, logits: Any, rows: int = 20) -> Client:
 def reseal(message: bytes, payload: bytes | None = None, **changes: Any) -> bytes:
     """The same message with other fields; ``None`` is a value, ``...`` takes the field out."""
     header, old = unseal(message, LIMIT)
+    if payload is not None and header.get("kind") == "upload":
+        first, *others = header["parts"]  # declined rows and familiarity stay
+        header["parts"] = [len(payload), *others]
+        payload += old[first:]
+    elif payload is not None and isinstance(parts := header.get("parts"), list):
+        header["parts"] = [len(payload), *[0] * (len(parts) - 1)]
     header = {k: v for k, v in (header | changes).items() if v is not ...}
     return seal(header, old if payload is None else payload)
 
@@ -131,7 +139,7 @@ def sealed_text(text: bytes, payload: bytes = b"") -> bytes:
     import hashlib
     import struct
 
-    body = b"FDst" + struct.pack("<HI", 1, len(text)) + text + payload
+    body = b"FDst" + struct.pack("<HI", VERSION, len(text)) + text + payload
     return body + hashlib.sha256(body).digest()[:CHECKSUM]
 
 
@@ -151,6 +159,14 @@ def probabilities(rows: int, seed: int, classes: int = 3, scale: float = 1.0) ->
     return exp / exp.sum(axis=1, keepdims=True)
 
 
+def plain(probs: Any, codec: str = "float32") -> bytes:
+    """Predictions as they travel, told as no change of anything."""
+    values = np.asarray(probs, dtype=np.float32)
+    if codec == "float32":  # also what no honest client could send
+        return b"\0" + pack(values.astype("<f4").tobytes())
+    return delta_encode(codec, quantise(codec, values))
+
+
 def upload(plan: Plan, name: str, probs: Any, **changes: Any) -> Upload:
     """An honest answer to a plan, but for ``changes``."""
     probs = np.asarray(probs, dtype=np.float32)
@@ -164,7 +180,7 @@ def upload(plan: Plan, name: str, probs: Any, **changes: Any) -> Upload:
         "shape": probs.shape[:2],
         "seen": "7",
         "size": bucket(16),
-        "payload": codecs.pack(probs.astype("<f4").tobytes()),
+        "payload": plain(probs),
     }
     return Upload(**(given | changes))
 

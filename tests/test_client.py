@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import lzma
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from builders import (
     federation,
     gaussian,
     participants,
+    plain,
     probabilities,
     reseal,
     saying,
@@ -24,11 +27,13 @@ from builders import (
 
 from fedistill.backends import Reply
 from fedistill.client import Client, Site
+from fedistill.distill.density import DENSITIES
 from fedistill.errors import DataError, Rejected
 from fedistill.presets import METHODS
 from fedistill.types import Rows
-from fedistill.wire import codec
-from fedistill.wire.messages import Plan, unseal
+from fedistill.wire import codec, entropy
+from fedistill.wire.envelope import unseal
+from fedistill.wire.messages import Plan, Upload
 
 SHARING = [name for name, entry in METHODS.items() if entry.exchange == "predictions"]
 
@@ -45,13 +50,13 @@ def begun(tmp_path: Path | None = None, **options: Any) -> Any:
 def test_the_same_plan_twice_gives_the_same_bytes_and_trains_once() -> None:
     logits = probabilities(40, 3).astype(np.float32)
     fed = begun(clients=[*participants(3), saying("site-9", logits)])
-    message = fed.server.plan(2).to_bytes()
-    for site in fed.sites.values():
-        site.answer(message)
+    plan = fed.server.plan(2)
+    for name, site in fed.sites.items():
+        site.answer(plan.message(name))
     states = {name: site.learner.state_dict() for name, site in fed.sites.items()}
-    first = {name: site.answer(message) for name, site in fed.sites.items()}
+    first = {name: site.answer(plan.message(name)) for name, site in fed.sites.items()}
     for _ in range(3):
-        assert {name: site.answer(message) for name, site in fed.sites.items()} == first
+        assert {n: site.answer(plan.message(n)) for n, site in fed.sites.items()} == first
     assert fed.sites["site-9"].learner.fitted == 2
     for name, site in fed.sites.items():
         for key, value in site.learner.state_dict().items():
@@ -61,20 +66,19 @@ def test_the_same_plan_twice_gives_the_same_bytes_and_trains_once() -> None:
 def test_after_a_restart_the_stored_bytes_are_sent_again(tmp_path: Path) -> None:
     fed = begun(tmp_path)
     plan = fed.server.plan(2)
-    message = plan.to_bytes()
-    first = {name: site.answer(message) for name, site in fed.sites.items()}
+    first = {name: site.answer(plan.message(name)) for name, site in fed.sites.items()}
     again = federation()
     sites = again._sites(tmp_path)
     for name, site in sites.items():
         assert site.restore(plan.run, 2) is None
         site.learner.fit = lambda *a, **k: pytest.fail("it trained a second time")
-        assert site.answer(message) == first[name]
+        assert site.answer(plan.message(name)) == first[name]
 
 
 def test_a_refusal_is_remembered_like_an_answer(tmp_path: Path) -> None:
     people = [*participants(3), saying("site-9", lambda s, x: np.full((len(x), 3), np.nan))]
     fed = begun(tmp_path, clients=people)
-    message = fed.server.plan(2).to_bytes()
+    message = fed.server.plan(2).message("site-9")
     site = fed.sites["site-9"]
     for _ in range(3):
         with pytest.raises(Rejected, match="nonfinite"):
@@ -91,9 +95,9 @@ def test_a_plan_of_a_round_that_is_over_is_refused() -> None:
     fed = begun()
     site = fed.sites["site-0"]
     old = fed.server.plan(1)
-    site.answer(fed.server.plan(2).to_bytes())
+    site.answer(fed.server.plan(2).message("site-0"))
     with pytest.raises(Rejected) as caught:
-        site.answer(old.to_bytes())
+        site.answer(dataclasses.replace(old, targets=None, own={}).to_bytes())
     assert caught.value.reason == "stale_round"
 
 
@@ -102,8 +106,10 @@ def test_a_plan_of_a_round_that_is_over_is_refused() -> None:
     [
         (lambda told: {"codec": "zip"}, "codec"),
         (lambda told: {"classes": 4}, "shape"),
-        (lambda told: {"missing": [0]}, "shape"),
-        (lambda told: {"missing": [400]}, "shape"),
+        (lambda told: {"missing": [0]}, "fields"),
+        (lambda told: {"choices": 2}, "shape"),
+        (lambda told: {"choices": 0}, "shape"),
+        (lambda told: {"mark": "0" * 16}, "reference"),
         (lambda told: {"spec": told["spec"] | {"total": 41}}, "shape"),
         (lambda told: {"spec": told["spec"] | {"count": 10**12}}, "shape"),
         (lambda told: {"spec": told["spec"] | {"count": 39}}, "shape"),
@@ -115,7 +121,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_learned(
     fed = begun()
     site = fed.sites["site-1"]
     before = site.learner.state_dict()
-    message = fed.server.plan(2).to_bytes()
+    message = fed.server.plan(2).message("site-1")
     told = unseal(message, 1 << 20)[0]["targets"]
     with pytest.raises(Rejected) as caught:
         site.answer(reseal(message, targets=told | change(told)))
@@ -128,7 +134,7 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_learned(
 def test_soft_targets_that_are_no_numbers_are_refused() -> None:
     fed = begun(method="ds-fl")
     plan = fed.server.plan(2)
-    bad = codec.pack(np.full((40, 3), np.nan, "<f4").tobytes())
+    bad = plain(np.full((40, 3), np.nan))
     broken = dataclasses.replace(plan, targets=dataclasses.replace(plan.targets, payload=bad))
     with pytest.raises(Rejected, match="nonfinite"):
         fed.sites["site-0"].answer(broken.to_bytes())
@@ -169,15 +175,51 @@ def marked(count: int, seed: int) -> tuple[Rows, list[bytes]]:
     return Rows(inputs, labels), patterns
 
 
+def unpacked(data: bytes) -> bytes:
+    """Packed content in any of its forms, whatever its size."""
+    if data[:1] == entropy.RANGE_CODED:
+        stream = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=entropy.FILTERS)
+        return stream.decompress(data[1:])
+    if data[:1] != entropy.SPLIT:
+        return zlib.decompress(data)
+    split = 5 + int.from_bytes(data[1:5], "little")
+    values = np.frombuffer(unpacked(data[split:]), dtype=np.uint8)
+    places = np.unpackbits(np.frombuffer(unpacked(data[5:split]), dtype=np.uint8)).astype(bool)
+    places = places[: len(places) - (int(places.sum()) - len(values))]
+    content = np.zeros(len(places), dtype=np.uint8)
+    content[places] = values
+    return content.tobytes()
+
+
+def undone(payload: bytes) -> bytes:
+    """What coded predictions unfold to: as they are, or their changes."""
+    start = {0: 1, 1: None}.get(payload[0], 5)
+    return b"" if start is None else unpacked(payload[start:])
+
+
 def unfolded(message: bytes) -> list[bytes]:
     """A message as it travels and as it reads: header, payload, payload unfolded."""
-    import zlib
-
     header, payload = unseal(message, 1 << 26)
     parts = [message, json.dumps(header).encode(), payload]
-    if payload:
-        parts.append(zlib.decompress(payload))
+    if header["kind"] == "upload":
+        upload = Upload.from_bytes(message)
+        parts += [undone(upload.payload), unpacked(upload.ratios) if upload.ratios else b""]
+    elif (targets := Plan.from_bytes(message).targets) is not None:
+        parts.append(undone(targets.payload))
     return parts
+
+
+def test_what_a_message_hides_is_unfolded() -> None:
+    random = np.random.default_rng(0)
+    drawn = random.integers(0, 256, 3000, dtype=np.uint8)
+    dense = (np.arange(3000, dtype=np.uint16) ** 2 // 700 + drawn // 64).astype(np.uint8).tobytes()
+    sparse = np.where(drawn < 20, drawn, 0).astype(np.uint8).tobytes()
+    forms = set()
+    for content in (drawn.tobytes(), dense, sparse):
+        packed = codec.pack(content, hard=True)
+        forms.add(packed[:1])
+        assert unpacked(packed) == content
+    assert forms == {b"x", entropy.RANGE_CODED, entropy.SPLIT}
 
 
 @pytest.mark.parametrize("name", SHARING)
@@ -193,7 +235,7 @@ def test_no_private_row_and_no_label_is_in_anything_that_travels_or_is_logged(
 
     def listen(sender: str, data: bytes, plan: Plan) -> Reply:
         travelled.extend(unfolded(data))
-        travelled.extend(unfolded(plan.to_bytes()))
+        travelled.extend(unfolded(plan.message(sender)))
         return Reply(sender, data)
 
     fed = federation(people, method=name)
@@ -212,22 +254,43 @@ def test_no_private_row_and_no_label_is_in_anything_that_travels_or_is_logged(
 def test_the_search_for_private_rows_would_find_one() -> None:
     rows, patterns = marked(22, 50)
     upload = codec.pack(b"head" + rows.inputs[7].tobytes() + rows.labels.tobytes())
-    import zlib
-
     assert sum(pattern in zlib.decompress(upload) for pattern in patterns) >= 3
+
+
+def said_of_rows(name: str, rows: Rows) -> Upload:
+    """What a site says that has a given model and these rows."""
+    weights = probabilities(INPUTS, 1).astype("f4")
+    client = Client("site-0", lambda: Saying(lambda self, inputs: inputs @ weights), rows)
+    fed = federation([client, *participants(4)[1:]], method=name)
+    plan = fed.server.plan(1)
+    fed.sites = fed._sites(None)
+    message = dataclasses.replace(plan, run="r").message("site-0")
+    return Upload.from_bytes(fed.sites["site-0"].answer(message))
 
 
 @pytest.mark.parametrize("name", SHARING)
 def test_what_a_site_says_about_its_rows_is_rounded(name: str) -> None:
-    """Two sites with other numbers of rows and the same model say the same but for the mask."""
-    uploads = []
-    for rows in (gaussian(18, 1), gaussian(22, 2)):
-        client = Client("site-0", lambda: Saying(probabilities(40, 1).astype("f4")), rows)
-        fed = federation([client, *participants(4)[1:]], method=name)
-        plan = fed.server.plan(1)
-        fed.sites = fed._sites(None)
-        uploads.append(fed.sites["site-0"].answer(dataclasses.replace(plan, run="r").to_bytes()))
-    assert uploads[0] == uploads[1]
+    """Two sites with other numbers of rows and the same model say the same but for the mask.
+
+    Where familiarity is estimated from the rows alone it is what the method shares: as a number
+    for each row, or as which rows are answered. All else must be the same there too.
+    """
+    one, two = (said_of_rows(name, rows) for rows in (gaussian(18, 1), gaussian(22, 2)))
+    method = METHODS[name]
+    if method.density() not in DENSITIES:
+        assert one.to_bytes() == two.to_bytes()
+        return
+    assert one.ratios != two.ratios or one.declined != two.declined
+    shared = {"ratios": b""} if method.tells_familiarity() else {}
+    if method.accept:
+        rows = np.arange(40)
+        _, here, there = np.intersect1d(
+            rows[one.answered(40)], rows[two.answered(40)], return_indices=True
+        )
+        np.testing.assert_array_equal(one.codes()[here], two.codes()[there])
+        shared |= {"declined": b"", "payload": b"", "shape": (0, 3)}
+    bare = [dataclasses.replace(said, **shared).to_bytes() for said in (one, two)]
+    assert bare[0] == bare[1]
 
 
 def test_only_what_was_asked_is_predicted() -> None:
@@ -235,7 +298,8 @@ def test_only_what_was_asked_is_predicted() -> None:
     for row in fed.run(3):
         assert row["clients_ok"] == 4
     plan = fed.server.plan(4)
-    answer = fed.server.check(fed.sites["site-0"].answer(plan.to_bytes()), plan, "site-0", set())
+    said = fed.sites["site-0"].answer(plan.message("site-0"))
+    answer = fed.server.check(said, plan, "site-0", set())
     assert answer.probs.shape == (7, 3)
 
 
@@ -244,7 +308,7 @@ def test_the_bytes_reported_are_the_bytes_sent() -> None:
 
     def weigh(sender: str, data: bytes, plan: Plan) -> Reply:
         up[0] += len(data)
-        down[0] += len(plan.to_bytes())
+        down[0] += len(plan.message(sender))
         return Reply(sender, data)
 
     fed = federation()
@@ -270,7 +334,7 @@ def test_refused_bytes_are_counted_too() -> None:
 def test_torch_random_state_is_left_alone_by_a_client_step() -> None:
     fed = begun()
     before = torch.random.get_rng_state()
-    fed.sites["site-0"].answer(fed.server.plan(2).to_bytes())
+    fed.sites["site-0"].answer(fed.server.plan(2).message("site-0"))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -153,6 +153,11 @@ def test_zero_is_a_number_and_not_an_absence(zero):
     ("text", "told"),
     [
         ("[proxy]\nrows = 5\nper_round = 6", "proxy.per_round: expected at most proxy.rows (5)"),
+        ("[proxy]\nrows = 5\nlabelled = 6", "proxy.labelled: expected at most proxy.rows (5)"),
+        (
+            "[proxy]\nlabelled = 5\n[deployment]\nsites = ['a']",
+            "proxy.labelled: real sites and their coordinator read one file of proxy rows without",
+        ),
         ("[clients]\npartition = 'by-column'", "clients.column: by-column needs"),
         ("[clients]\npartition = 'file'", "clients.partition_path: a file partition needs"),
         ("[clients]\ncount = 2\nquorum = 3", "clients.quorum: expected at most clients.count (2)"),
@@ -162,6 +167,32 @@ def test_zero_is_a_number_and_not_an_absence(zero):
         ("[method]\nsharpen = 'era:'", "method.sharpen: expected none, era:0.1 or power:2"),
         ("[evaluation]\nbaselines = ['locale']", 'did you mean "local"?'),
         ("[backend]\ndevice = 'gpu'", "backend.device: expected auto, cpu or cuda"),
+        ("[attack]\ncount = 2", "attack.kind: 2 bad clients need a kind, found none"),
+        (
+            "[clients]\ncount = 3\n[attack]\nkind = 'fdla'\ncount = 4",
+            "attack.count: expected at most clients.count (3), found 4",
+        ),
+        ("[attack]\nkind = 'fdlb'", 'attack.kind: unknown value "fdlb"; did you mean "fdla"?'),
+        (
+            "[method]\npreset = 'fedavg'\n[attack]\nkind = 'fdla'",
+            'attack.kind: bad clients tamper with predictions, found the baseline "fedavg"',
+        ),
+        (
+            "[evaluation]\nleave_one_out = true\n[attack]\nkind = 'fdla'",
+            "attack.kind: without one client others would be drawn to be bad",
+        ),
+        (
+            "[deployment]\nsites = ['a', 'b']\n[attack]\nkind = 'fdla'",
+            "attack.kind: simulated bad clients are for simulations, found real sites",
+        ),
+        (
+            "[deployment]\nsites = ['a', 'b']\n[clients]\ndropout = 0.1",
+            "clients.dropout: clients are lost for simulations only, found real sites",
+        ),
+        (
+            "[backend]\nname = 'flower'\n[clients]\nstragglers = 0.1",
+            'clients.stragglers: lost and late clients are simulated by the backend "serial"',
+        ),
     ],
 )
 def test_what_is_possible_alone_and_impossible_together(text, told):

@@ -401,15 +401,18 @@ def test_a_deployment_survives_being_written_and_read() -> None:
     assert config.parse_site(config.to_toml(site, config.comment)) == site
 
 
-def test_members_need_a_method_that_shares_predictions() -> None:
+def test_members_need_a_method_that_shares_predictions_or_a_table() -> None:
     from fedistill.client import Member
 
     assert isinstance(
         Federation([Member("a"), Member("b")], ProxySet(proxy().inputs), classes=["x", "y"]),
         Federation,
     )
-    for method in ("fedavg", "local"):
-        with pytest.raises(DataError, match=r"real sites \(Member\) share predictions only"):
+    for method in ("fd", "fedproto", "fedhenn"):  # what a site's own policy must allow
+        Federation([Member("a")], proxy(), method=method, classes=["x", "y"])
+    told = r"real sites \(Member\) share predictions, or what their policy allows, found a method"
+    for method in ("fedavg", "local", "centralised"):
+        with pytest.raises(DataError, match=told):
             Federation([Member("a")], proxy(), method=method, classes=["x", "y"])
     with pytest.raises(DataError, match='"a" stands twice'):
         Federation([Member("a"), Member("a")], proxy(), classes=["x", "y"])

@@ -28,7 +28,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 @pytest.mark.parametrize("name", METHODS)
 def test_one_seed_gives_one_run_and_another_seed_another(name: str, tmp_path: Path) -> None:
     def run(seed: int, folder: str) -> tuple[Any, str]:
-        alike = name in {"fedavg", "centralised"}
+        alike = name in {"fedavg", "centralised", "fedproto"}
         people = [participants(1)[0]] * 3 if alike else participants(3)
         people = [
             builders.Client(f"site-{k}", p.build, builders.gaussian(20, k), None, p.training)

@@ -19,13 +19,14 @@ import torch
 from builders import INPUTS, MEAN, federation, gaussian, participants, server
 
 import fedistill as fd
-from fedistill import baselines, config, models, testing
+from fedistill import config, models, testing
 from fedistill.aggregate import rules
 from fedistill.client import Client
 from fedistill.distill.build import build_learner
 from fedistill.errors import FedistillError, MissingExtra
 from fedistill.types import ProxySet, Rows
-from fedistill.wire.messages import Plan, Upload, seal, unseal
+from fedistill.wire.envelope import seal, unseal
+from fedistill.wire.messages import Plan, Upload
 
 SNAPSHOT = Path(__file__).with_name("error_texts.json")
 SMALL = partial(models.MLP, INPUTS, 3, width=4)
@@ -53,9 +54,7 @@ def other_run() -> None:
 
 
 def fedavg() -> None:
-    made = federation(3, student=models.logistic_regression, method="fedavg")
-    assert isinstance(made.server, baselines.FedAvgServer)
-    made.server.plan(1)
+    federation(3, student=models.logistic_regression, method="fedavg")
 
 
 CASES: dict[str, Callable[[], Any]] = {

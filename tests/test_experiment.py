@@ -245,14 +245,33 @@ def test_every_method_setting_reaches_the_method():
         "distil_epochs": 7,
         "soft_weight": 0.25,
         "prior_rows": 5.0,
+        "codec_down": "simplex-4",
+        "cache": True,
+        "rows": "fixed",
+        "student_rule": "median",
+        "teach": "student",
+        "familiarity": "kulsif",
+    }
+    of_a_rule = {
+        "prior_rows": "distribution-weighted",
+        "exponent": "power",
+        "trim": "trimmed-mean",
+        "byzantine": "krum",
+        "diversity": "consensus",
+        "centroids": "clusters",
+        "rate": "trust",
+        "forget": "trust",
     }
     for item in dataclasses.fields(config.MethodSettings):
         if item.name in {"preset", "rule"}:
             continue
         value = texts.get(item.name, 1)
-        changed = config.MethodSettings(preset="ds-fl", **{item.name: value})
+        needs = {"rule": of_a_rule[item.name]} if item.name in of_a_rule else {}
+        needs |= {"cache": True} if item.name == "cache_rounds" else {}
+        changed = config.MethodSettings(preset="ds-fl", **({item.name: value} | needs))
         found = assembly.method_of(dataclasses.replace(Settings(), method=changed))
-        assert value in {getattr(found, item.name, None), found.client.get(item.name)}, item.name
+        places = getattr(found, item.name, None), found.client.get(item.name)
+        assert value in {*places, found.options.get(item.name)}, item.name
 
 
 def test_student_settings_reach_the_students_recipe():

@@ -58,6 +58,7 @@ from fedistill.errors import (
     RunError,
     SettingsError,
 )
+from fedistill.presets import method as preset
 from fedistill.server import Server
 from fedistill.types import ProxySet, Rows
 from fedistill.wire import codec
@@ -77,8 +78,13 @@ COVERED: set[int] = set()
 ASKED = {*range(1, 29), *range(31, 37), *range(42, 48), 53, 54, 55, 60, 62, 64}
 
 
+def packed(content: bytes) -> bytes:
+    """Any content in the place of coded predictions, told as no change of anything."""
+    return b"\0" + codec.pack(content)
+
+
 def floats(values: Any) -> bytes:
-    return codec.pack(np.asarray(values, dtype="<f4").tobytes())
+    return packed(np.asarray(values, dtype="<f4").tobytes())
 
 
 def honest(plan: Plan, probs: Any) -> bytes:
@@ -107,6 +113,10 @@ def with_payload(content: bytes | Callable[[Any], bytes]) -> Forge:
     return lambda plan, probs: reseal(
         honest(plan, probs), content(probs) if callable(content) else content
     )
+
+
+def with_part(**parts: bytes) -> Forge:
+    return lambda plan, probs: upload(plan, "c4", probs, **parts).to_bytes()
 
 
 def npy(array: Any, **options: Any) -> bytes:
@@ -142,43 +152,55 @@ REFUSED: list[tuple[int, str, str, Forge]] = [
         lambda plan, probs: upload(plan, "c4", probs, payload=floats(probs[:1])).to_bytes(),
     ),
     (6, "transposed", "shape", said(shape=[3, ROWS])),
+    (4, "a row declined that must be answered", "shape", with_part(declined=b"\x80")),
+    (4, "more rows declined than were asked", "shape", with_part(declined=b"\x01")),
+    (4, "familiarity that nobody asked for", "shape", with_part(ratios=codec.pack(bytes(ROWS)))),
+    (9, "a change of what nobody holds", "reference", with_payload(b"\1abcd")),
+    (9, "parts that are not there", "format", said(parts=[10**6, 0, 0])),
+    (9, "a part less", "format", said(parts=[0, 0])),
     (
         7,
         "float64 bytes",
         "shape",
-        with_payload(lambda probs: codec.pack(np.asarray(probs, "<f8").tobytes())),
+        with_payload(lambda probs: packed(np.asarray(probs, "<f8").tobytes())),
     ),
     (
         7,
         "float16 bytes",
         "shape",
-        with_payload(lambda probs: codec.pack(np.asarray(probs, "<f2").tobytes())),
+        with_payload(lambda probs: packed(np.asarray(probs, "<f2").tobytes())),
     ),
     (
         7,
         "integers",
         "not_probs",
-        with_payload(lambda probs: codec.pack(np.full(probs.shape, 1 << 30, "<i4").tobytes())),
+        with_payload(lambda probs: packed(np.full(probs.shape, 1 << 30, "<i4").tobytes())),
     ),
-    (7, "texts", "shape", with_payload(lambda probs: codec.pack(b"0.30 0.30 0.40\n" * len(probs)))),
+    (7, "texts", "shape", with_payload(lambda probs: packed(b"0.30 0.30 0.40\n" * len(probs)))),
     (7, "another codec than agreed", "codec", said(codec="float16")),
     (
         8,
         "a pickle",
-        "truncated",
+        "format",
         with_payload(lambda probs: npy(np.array([{}], dtype=object), allow_pickle=True)),
+    ),
+    (
+        8,
+        "a pickle behind the first byte",
+        "truncated",
+        with_payload(lambda probs: b"\0" + npy(np.array([{}], dtype=object), allow_pickle=True)),
     ),
     (
         8,
         "a packed pickle",
         "shape",
-        with_payload(
-            lambda probs: codec.pack(npy(np.array([{}], dtype=object), allow_pickle=True))
-        ),
+        with_payload(lambda probs: packed(npy(np.array([{}], dtype=object), allow_pickle=True))),
     ),
     (9, "cut in the middle", "truncated", lambda plan, probs: honest(plan, probs)[:-40]),
-    (9, "an npy cut short", "truncated", with_payload(lambda probs: npy(probs)[:60])),
-    (9, "a zip bomb", "shape", with_payload(bomb())),
+    (9, "an npy cut short", "truncated", with_payload(lambda probs: b"\0" + npy(probs)[:60])),
+    (9, "no predictions", "format", with_payload(b"")),
+    (9, "a zip bomb", "shape", with_payload(b"\0" + bomb())),
+    (9, "a zip bomb of familiarity", "shape", with_part(ratios=bomb())),
     (9, "a header that claims 1e12 rows", "shape", said(shape=[10**12, 3])),
     (9, "a header that claims 1e300 rows", "shape", said(shape=[10**300, 10**300])),
     (
@@ -490,7 +512,7 @@ STOCK: list[tuple[str, Forge, str | None]] = [
     ("a row more", with_rows((ROWS + 1, 3)), "shape"),
     ("broadcastable", with_rows((1, 3)), "shape"),
     ("float64 that says so", lambda p, x: upload(p, "c4", x, codec="float64").to_bytes(), "codec"),
-    ("string", with_payload(codec.pack(b"three" * 10)), "shape"),
+    ("string", with_payload(packed(b"three" * 10)), "shape"),
     ("wrong key", lambda p, x: reseal(honest(p, x), arrays=[1], seen=...), "fields"),
     ("num-examples 1e12", said(size=1 << 39), None),
     ("num-examples negative", said(size=-20), "size"),
@@ -846,25 +868,34 @@ def persistent(folder: Path) -> list[Path]:
 
 
 @fault(33)
+@pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("eighth", range(8))
 def test_every_file_cut_at_an_eighth_falls_back_and_says_so(
-    fault: object, tmp_path: Path, eighth: int
+    fault: object, tmp_path: Path, eighth: int, cache: bool
 ) -> None:
-    """With the server's file the lost round is asked again and ends in the same bytes."""
-    whole = federation()
-    list(whole.run(3, out=tmp_path / "whole"))
-    list(federation().run(2, out=tmp_path / "run"))
+    """With the server's file the lost round is asked again and ends in the same bytes.
+
+    With a cache a site that fell back no longer holds what the server relies on: it says so, and
+    is told all of it a round later.
+    """
+    method = preset("fedistill", cache=cache)
+    whole = federation(method=method)
+    list(whole.run(4, out=tmp_path / "whole"))
+    list(federation(method=method).run(2, out=tmp_path / "run"))
     files = persistent(tmp_path / "run")
     assert len(files) == 5
     place = files[eighth % 5]
     content = place.read_bytes()
     place.write_bytes(content[: len(content) * eighth // 8])
-    again = federation()
-    rows = list(again.run(3, out=tmp_path / "run", resume=True))
+    again = federation(method=method)
+    rows = list(again.run(4, out=tmp_path / "run", resume=True))
     notes = [note for note in again.notes if "damaged, the generation before it was used" in note]
     assert len(notes) == 1
-    assert rows[-1]["clients_ok"] == 4
-    assert len(again.history) == 3
+    behind = cache and place.name == "state"
+    lost = {place.parent.name: "reference"} if behind else {}
+    assert [row["dropped"] for row in rows[-2:]] == [lost, {}]
+    assert [row["clients_ok"] for row in rows[-2:]] == [4 - len(lost), 4]
+    assert len(again.history) == 4
     if place.name == "server":
         assert again.server.digest() == whole.server.digest()
 
@@ -1057,7 +1088,7 @@ def test_a_client_with_one_class_takes_part_and_it_is_said(fault: object) -> Non
     assert "site-1 has rows of one class only" in fed.notes
     assert [row["dropped"] for row in rows] == [{}, {}]
     plan = fed.server.plan(3)
-    message = fed.sites["site-1"].answer(plan.to_bytes())
+    message = fed.sites["site-1"].answer(plan.message("site-1"))
     answer = fed.server.check(message, plan, "site-1", set())
     assert answer.upload.seen == "0", "which classes it has stays with it where no rule asks"
 

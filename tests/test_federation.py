@@ -28,10 +28,12 @@ from fedistill.backends.serial import Serial
 from fedistill.client import Client
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import DataError, SettingsError
+from fedistill.exchange import EXCHANGES, flat_weights
 from fedistill.presets import METHODS
 from fedistill.types import Rows
 from fedistill.wire.codec import expected_size
 from fedistill.wire.messages import Failure, Plan, RowSpec, Upload
+from fedistill.wire.shelf import Shelf
 
 SMALL = partial(models.MLP, INPUTS, 3, width=8)
 EXCHANGING = [name for name, entry in METHODS.items() if entry.exchange == "predictions"]
@@ -50,7 +52,7 @@ class Weighing:
         self.serial, self.up, self.down = Serial(sites), [], []
 
     def run(self, plan):
-        self.down.append(len(plan.to_bytes()) * len(plan.clients))
+        self.down.append(sum(len(plan.message(name)) for name in plan.clients))
         replies = list(self.serial.run(plan))
         self.up.append(sum(len(reply.data) for reply in replies))
         yield from replies
@@ -92,7 +94,7 @@ def test_participation_is_rounded_and_never_nobody(participation, clients, expec
 
 
 @pytest.mark.parametrize("participation", [0.1, 0.5, 1.0])
-@pytest.mark.parametrize("name", ["fedistill", "ds-fl"])
+@pytest.mark.parametrize("name", ["fedistill", "ds-fl", "scarlet", "selective-fd"])
 def test_twenty_rounds_at_any_participation_with_a_part_of_the_proxy_rows(name, participation):
     made = federation(5, method=name, participation=participation, per_round=15, quorum=1)
     rows = list(made.run(20))
@@ -151,12 +153,16 @@ def test_each_round_absorbs_then_fits_then_predicts():
     assert calls == ["fit", "predict", "absorb", "fit", "predict"]
 
 
-def test_published_targets_are_what_every_client_decodes():
-    made = federation(alike(3), method="fedistill")
+@pytest.mark.parametrize("name", ["fedistill", "ds-fl", "scarlet"])
+def test_published_targets_are_what_every_client_decodes(name):
+    made = federation(alike(3), method=name)
     list(made.run(2))
-    plan = Plan.from_bytes(made.server.plan(3).to_bytes())
-    rows = plan.targets.rows()
-    np.testing.assert_array_equal(plan.targets.probs(), made.server.table[rows])
+    plan = made.server.plan(3)
+    for client, site in made.sites.items():
+        told = Plan.from_bytes(plan.message(client)).targets
+        rows = told.rows()
+        assert len(rows) == 40
+        np.testing.assert_array_equal(told.probs(site.told), made.server.table[rows])
     np.testing.assert_allclose(made.server.table.sum(axis=1), 1, atol=1e-6)
 
 
@@ -193,11 +199,14 @@ def test_every_method_runs_and_reports_the_same_figures(name):
     for row in rows:
         assert row["client_accuracy_mean"] is not None
         assert row["epsilon_max"] is None
-        assert (row["bytes_up"] > 0) == (METHODS[name].exchange in {"predictions", "weights"})
+        shares = METHODS[name].exchange in {"predictions", *EXCHANGES}
+        assert (row["bytes_up"] > 0, row["bytes_down"] > 0) == (shares, shares)
+        assert row["dropped"] == {}
     told = made.summary()
     assert told["method"] == name
     assert told["privacy"]["statement"] == "no differential privacy"
-    assert (told["student_accuracy"] is None) == (name == "local")
+    with_student = METHODS[name].exchange in {"predictions", "weights", "rows"}
+    assert (told["student_accuracy"] is not None) == with_student
 
 
 @pytest.mark.parametrize("name", EXCHANGING)
@@ -243,23 +252,22 @@ def test_fedavg_weighs_clients_by_their_rows():
     ]
     made = federation(clients, student=SMALL, method="fedavg", quorum=2)
     list(made.run(1))
-    from fedistill.baselines import flat_weights
-
     small, large = (flat_weights(made.sites[name].learner) for name in ("s16", "s64"))
     found = flat_weights(made.server.student)
     np.testing.assert_allclose(found, 0.2 * small + 0.8 * large, atol=1e-6)
 
 
 def test_fedavg_without_a_torch_student_is_refused_in_a_sentence():
-    made = federation(alike(3), student=models.logistic_regression, method="fedavg")
     with pytest.raises(SettingsError, match="fedavg needs a torch model"):
-        list(made.run(1))
+        federation(alike(3), student=models.logistic_regression, method="fedavg")
 
 
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fedistill", "ds-fl", "fedavg"])
+@pytest.mark.parametrize(
+    "name", ["fedistill", "ds-fl", "scarlet", "cfd", "selective-fd", "comet", "fd", "fedavg"]
+)
 def test_bytes_reported_are_bytes_sent(name):
     scales = []
 
@@ -305,14 +313,16 @@ def test_no_private_row_is_in_an_upload():
     class Tap(Serial):
         def run(self, plan):
             for reply in super().run(plan):
-                uploads.append(reply)
+                uploads.append((reply, plan.rows()))
                 yield reply
 
     list(made.run(2, backend=Tap))
-    for reply in uploads:
+    held = {name: Shelf(made.method.codec, 40, 3) for name in made.sites}
+    for reply, asked in uploads:
         rows = made.sites[reply.client].client.data
-        upload = Upload.from_bytes(reply.data)
-        probs, familiarity = upload.decode()
+        upload, shelf = Upload.from_bytes(reply.data), held[reply.client]
+        probs, familiarity = upload.decode(shelf.reference(asked))
+        shelf.put(asked, upload.codes(shelf.reference(asked)), upload.round)
         assert probs.shape == (40, 3)
         assert familiarity.shape == (40,)
         for row in rows.inputs:

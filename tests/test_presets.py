@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import fedistill as fd
-from fedistill.aggregate.rules import RULES, softmax, wants
+from fedistill.aggregate.rules import RULES, option_names, softmax, wants
+from fedistill.distill.density import DENSITIES
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import SettingsError
+from fedistill.exchange import EXCHANGES
 from fedistill.presets import METHODS
 from fedistill.wire.codec import CODECS
 
@@ -23,17 +25,27 @@ def test_every_preset_names_what_exists(name):
     assert chosen.name == name
     assert chosen.summary
     assert chosen.codec in CODECS
+    assert chosen.codec_down in {"", *CODECS}
     assert chosen.rule in RULES
+    assert chosen.student_rule in {"", *RULES}
+    assert set(chosen.options) <= option_names()
+    assert chosen.familiarity in {"", "head", *DENSITIES}
+    assert chosen.rows in {"drawn", "fixed"}
+    assert chosen.teach in {"targets", "student"}
     assert set(chosen.client) <= RECIPE
     assert set(chosen.student) <= RECIPE
-    assert chosen.exchange in {"predictions", "weights", "nothing", "rows"}
+    assert chosen.exchange in {"predictions", "nothing", "rows", *EXCHANGES}
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_published_method_names_its_paper_and_ours_says_so(name):
     chosen = METHODS[name]
-    if chosen.exchange == "predictions":
+    if chosen.exchange not in {"nothing", "rows"}:
         assert chosen.paper
+    if chosen.exchange in {"predictions", *EXCHANGES} - {"weights"}:
+        assert chosen.formula
+    if chosen.exchange in {"predictions", *EXCHANGES} - {"weights"} and name != "fedistill":
+        assert chosen.deviations
     if name == "fedistill":
         assert "ours" in chosen.summary
 

@@ -37,6 +37,9 @@ def evidence(
 ) -> FloatArray:
     """Weights ``[clients, rows]``: about the number of own rows like a row, plus ``prior_rows``.
 
+    Nobody counts with more than twice the rows of the median client: how many rows a client has
+    is its own word, and a wrong one must not silence the others.
+
     Args:
         weights: ``[clients]`` or ``[clients, rows]`` to start from.
         familiarity: ``[clients, rows]`` log density ratio, clamped to plus and minus 8.
@@ -45,6 +48,8 @@ def evidence(
     """
     base = np.asarray(weights, dtype=np.float64)
     base = base if base.ndim == 2 else np.repeat(base[:, None], familiarity.shape[1], axis=1)
-    counts = np.asarray(sizes, dtype=np.float64)[:, None]
+    told = np.asarray(sizes, dtype=np.float64)
+    present = told[base.any(axis=1)]
+    counts = np.minimum(told, 2 * np.median(present) if len(present) else 0.0)[:, None]
     weighed: FloatArray = base * (counts * normalised_ratios(familiarity, base) + prior_rows)
     return weighed

@@ -7,9 +7,15 @@ A rule is a plain function ``rule(logits, weights) -> probs``:
 * returns ``[rows, classes]``, each row non-negative with sum 1.
 
 A rule that wants more asks for it by name and is given it: ``seen`` ``[clients, classes]`` (bool),
-``familiarity`` ``[clients, rows]`` (log density ratio of a client's own rows to the proxy rows)
-or ``sizes`` ``[clients]`` (bucketed number of own rows). A row on which every weight is zero gets
-NaN and is dropped by the server; it is never 0/0 by accident.
+``familiarity`` ``[clients, rows]`` (log density ratio of a client's own rows to the proxy rows),
+``sizes`` ``[clients]`` (bucketed number of own rows), ``clients`` (their ids, in order) or
+``anchors`` ``[rows]`` (labels of the proxy rows that the server knows, -1 elsewhere). What has a
+default is given if there is such a thing. A row on which every weight is zero gets NaN and is
+dropped by the server; it is never 0/0 by accident.
+
+Two kinds of rules are more than that. One that remembers from round to round is a class: an object
+of it is the rule, with ``state_dict`` and ``load_state_dict`` of plain values. One that returns
+``[rows, choices, classes]`` leaves each client the choice of its target.
 """
 
 from __future__ import annotations
@@ -26,15 +32,32 @@ from fedistill.aggregate.basics import log_softmax as log_softmax
 from fedistill.aggregate.basics import pool as pool
 from fedistill.aggregate.basics import softmax as softmax
 from fedistill.aggregate.basics import spread as spread
+from fedistill.aggregate.clusters import clusters
 from fedistill.aggregate.evidence import FAMILIARITY_LIMIT as FAMILIARITY_LIMIT
 from fedistill.aggregate.evidence import evidence as evidence
 from fedistill.aggregate.evidence import normalised_ratios as normalised_ratios
+from fedistill.aggregate.methods import (
+    best_teacher,
+    certainty,
+    confidence,
+    consensus,
+    entropy_weighted,
+    vote,
+)
+from fedistill.aggregate.robust import (
+    geometric_median,
+    geometric_median_client,
+    krum,
+    median,
+    trimmed_mean,
+)
+from fedistill.aggregate.trust import AnchoredTrust, Trust
 from fedistill.errors import FedistillError
 from fedistill.types import FloatArray, Logits, Probs
 
 Rule = Callable[..., Probs]
 SHARPEN = re.compile(r"(era|power):(\d+\.?\d*|\.\d+)")
-WANTS = ("seen", "familiarity", "sizes")
+WANTS = ("seen", "familiarity", "sizes", "clients", "anchors")
 
 # --- rules -------------------------------------------------------------------------------------
 
@@ -135,13 +158,27 @@ def distribution_weighted(
     return pool(softmax(logits), spread(weighed, rows))
 
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, Callable[..., Any]] = {
     "mean": mean,
     "mean-logits": mean_logits,
     "sharpened": sharpened_mean,
     "power": power_mean,
     "calibrated": calibrated,
     "distribution-weighted": distribution_weighted,
+    "confidence": confidence,
+    "entropy": entropy_weighted,
+    "certainty": certainty,
+    "vote": vote,
+    "consensus": consensus,
+    "best-teacher": best_teacher,
+    "clusters": clusters,
+    "median": median,
+    "trimmed-mean": trimmed_mean,
+    "geometric-median": geometric_median,
+    "geometric-median-client": geometric_median_client,
+    "krum": krum,
+    "trust": Trust,
+    "trust-anchored": AnchoredTrust,
 }
 
 
@@ -149,8 +186,17 @@ RULES: Mapping[str, Rule] = {
 
 
 def wants(rule: Rule) -> frozenset[str]:
-    """Which of ``seen``, ``familiarity`` and ``sizes`` the rule's signature asks for."""
-    return frozenset(inspect.signature(rule).parameters) & frozenset(WANTS)
+    """What the rule cannot do without, of :data:`WANTS`."""
+    return frozenset(n for n, p in _parameters(rule).items() if p.default is p.empty) & {*WANTS}
+
+
+def takes(rule: Rule) -> frozenset[str]:
+    """What the rule makes use of where there is such a thing, of :data:`WANTS`."""
+    return frozenset(_parameters(rule)) & {*WANTS}
+
+
+def _parameters(rule: Rule) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(rule).parameters
 
 
 def combine(
@@ -159,26 +205,32 @@ def combine(
     weights: FloatArray,
     *,
     sharpen: str = "none",
-    **extras: FloatArray,
+    **extras: Any,
 ) -> Probs:
-    """Apply a rule with what it asks for, then the sharpener; the result is checked once here.
+    """Apply a rule with what it takes, then the sharpener; the result is checked once here.
 
     Args:
         rule: the rule.
         logits: ``[clients, rows, classes]``.
         weights: ``[clients]`` or ``[clients, rows]``.
         sharpen: ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``.
-        extras: ``seen``, ``familiarity``, ``sizes``; handed on where the rule wants them.
+        extras: by the names of :data:`WANTS`; handed on where the rule takes them.
+
+    Returns:
+        ``[rows, classes]``, or ``[rows, choices, classes]``; rows of NaN where nobody answered.
 
     Raises:
         FedistillError: the rule returned something that is not a probability per row and class.
     """
-    raw = np.asarray(rule(logits, weights, **{name: extras[name] for name in wants(rule)}))
-    expected = logits.shape[1:]
+    if not logits.shape[1]:
+        return np.empty(logits.shape[1:])
+    handed = {name: extras[name] for name in takes(rule) if extras.get(name) is not None}
+    raw = np.asarray(rule(logits, weights, **handed))
+    rows, classes = logits.shape[1:]
     name = getattr(rule, "__name__", type(rule).__name__)
-    if raw.shape != expected:
+    if raw.shape not in {(rows, classes), (rows, *raw.shape[1:-1], classes)} or raw.ndim > 3:
         raise FedistillError(
-            f"rule {name} must return [rows, classes] = {list(expected)}, returned "
+            f"rule {name} must return [rows, classes] = {[rows, classes]}, returned "
             f"{list(raw.shape)}: check it with fedistill.testing.check_rule"
         )
     probs = sharpener(sharpen)(raw)
@@ -204,7 +256,9 @@ def sharpener(spec: str) -> Callable[[Probs], Probs]:
 
 
 def configure(rule: str | Rule, **options: Any) -> Rule:
-    """A rule by name or as it is, with those of ``options`` bound that its signature knows.
+    """A rule by name or as it is, with those of ``options`` bound that it knows.
+
+    A rule that is a class is made anew: what it remembers belongs to one federation.
 
     Raises:
         FedistillError: no rule has that name.
@@ -213,6 +267,21 @@ def configure(rule: str | Rule, **options: Any) -> Rule:
         if rule not in RULES:
             raise FedistillError(f'unknown rule "{rule}"; known: {", ".join(RULES)}')
         rule = RULES[rule]
-    known = inspect.signature(rule).parameters
-    bound = {key: value for key, value in options.items() if key in known}
+    bound = {key: value for key, value in options.items() if key in _parameters(rule)}
+    if isinstance(rule, type):
+        made: Rule = rule(**bound)
+        return made
     return partial(rule, **bound) if bound else rule
+
+
+def option_names() -> frozenset[str]:
+    """Names of what can be set about any of the rules."""
+    return frozenset[str]().union(*map(options_of, RULES))
+
+
+def options_of(rule: str | Rule) -> frozenset[str]:
+    """Names of what can be set about one rule, by name or as it is; of no rule, nothing."""
+    if rule == "":
+        return frozenset()
+    found = RULES[rule] if isinstance(rule, str) else rule
+    return frozenset(_parameters(found)) - {"logits", "weights", *WANTS}

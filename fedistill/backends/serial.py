@@ -22,9 +22,8 @@ class Serial:
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
         """One reply or failure for every client asked."""
-        message = plan.to_bytes()
         for name in plan.clients:
             try:
-                yield Reply(name, self.sites[name].answer(message))
+                yield Reply(name, self.sites[name].answer(plan.message(name)))
             except Rejected as refusal:
                 yield Failure(name, plan.round, refusal.reason)

@@ -23,7 +23,8 @@ class Federated:
     """Who holds which rows.
 
     Attributes:
-        dataset: all private rows before they are dealt, all test rows, the public rows.
+        dataset: all private rows before they are dealt, all test rows, the public rows (label -1
+            but for those that ``proxy.labelled`` asks for).
         parts: client id to its private rows, labelled ones only.
         tests: client id to its own test rows; empty unless clients come from a column.
     """
@@ -110,10 +111,11 @@ def load(
         private, public = _file_rows(from_file, len(rows))
         unused = np.setdiff1d(everything, np.concatenate([private, public]))
         held = _test_numbers(data, rows, unused, seed)
+    anchored = rows if proxy.path else hide_labels(rows, public, proxy.labelled, seed)
     if without:
         private, public = (_others(rows, numbers, without) for numbers in (private, public))
     test = read_test(data, table, column) if data.test else rows.take(held)
-    seen = read_public(proxy, data, table, seed) if proxy.path else rows.take(public)
+    seen = read_public(proxy, data, table, seed) if proxy.path else anchored.take(public)
     if not len(private):
         raise DataError(
             f"expected private rows beside the test rows, found none of {len(rows)} left: lower "
@@ -124,13 +126,11 @@ def load(
             "proxy rows: expected some, found none: add an array 'public' to the partition file, "
             "or set proxy.path"
         )
-    blank = replace(seen, labels=np.full(len(seen), -1, dtype=np.int64))
-    scaler = _scaler(table, blank, data)
-    train, test, blank = (
-        replace(part, inputs=scaler.apply(part.inputs))
-        for part in (rows.take(private), test, blank)
+    scaler = _scaler(table, seen, data)
+    train, test, seen = (
+        replace(part, inputs=scaler.apply(part.inputs)) for part in (rows.take(private), test, seen)
     )
-    return Dataset(table.name, train, test, blank, table.classes)
+    return Dataset(table.name, train, test, seen, table.classes)
 
 
 def _others(rows: Rows, numbers: IntArray, without: str) -> IntArray:
@@ -184,7 +184,7 @@ def _test_numbers(data: DataSettings, rows: Rows, among: IntArray, seed: int) ->
 def draw_public(
     among: IntArray, proxy: ProxySettings, total: int, tests: int, seed: int
 ) -> IntArray:
-    """Sorted numbers of the public rows, drawn blindly: their labels are never used."""
+    """Sorted numbers of the public rows, drawn blindly: labels play no part in the choice."""
     if proxy.path:
         return np.zeros(0, dtype=np.int64)
     if proxy.rows >= len(among):
@@ -197,6 +197,31 @@ def draw_public(
     return np.sort(order[: proxy.rows])
 
 
+def hide_labels(rows: Rows, public: IntArray, labelled: int, seed: int) -> Rows:
+    """The rows without labels (-1), but for some of the public ones, drawn blindly.
+
+    They are drawn before a site is left out, so that the others' do not change.
+
+    Args:
+        rows: all of them.
+        public: numbers of the public ones.
+        labelled: how many of these keep their label.
+        seed: of the draw.
+
+    Raises:
+        DataError: fewer public rows than that.
+    """
+    if labelled > len(public):
+        raise DataError(
+            f"proxy.labelled: expected at most {len(public)}, the number of proxy rows, found "
+            f"{labelled}: lower it"
+        )
+    labels = np.full(len(rows), -1, dtype=np.int64)
+    kept = generator(seed, "anchors").permutation(public)[:labelled]
+    labels[kept] = rows.labels[kept]
+    return replace(rows, labels=labels)
+
+
 def read_test(data: DataSettings, table: Table, column: str) -> Rows:
     """The rows of the test source, with the features and classes of the training source."""
     _other_source(data.test, data.source, "data.test")
@@ -204,7 +229,7 @@ def read_test(data: DataSettings, table: Table, column: str) -> Rows:
 
 
 def read_public(proxy: ProxySettings, data: DataSettings, table: Table, seed: int) -> Rows:
-    """Proxy rows from a source of their own, which needs no labels."""
+    """Proxy rows from a source of their own, which needs no labels but for ``proxy.labelled``."""
     for used, name in ((data.source, "data.source"), (data.test, "data.test")):
         _other_source(proxy.path, used, "proxy.path", name)
     found = align_features(read(proxy.path, data, labelled=False), table)
@@ -213,8 +238,22 @@ def read_public(proxy: ProxySettings, data: DataSettings, table: Table, seed: in
             f"proxy.rows: expected at most {len(found)}, the rows of {proxy.path}, found "
             f"{proxy.rows}: lower it"
         )
-    order = generator(seed, "public").permutation(len(found))[: proxy.rows]
-    return rows_of(found).take(np.sort(order))
+    rows = rows_of(found)
+    if proxy.labelled:
+        rows = replace(rows, labels=_public_labels(proxy, data, table))
+    order = np.sort(generator(seed, "public").permutation(len(found))[: proxy.rows])
+    return hide_labels(rows, order, proxy.labelled, seed).take(order)
+
+
+def _public_labels(proxy: ProxySettings, data: DataSettings, table: Table) -> IntArray:
+    """Labels of all rows of the proxy source, as numbers of the classes that the data have."""
+    try:
+        return align(read(proxy.path, data), table).labels
+    except DataError as error:
+        raise DataError(
+            f"proxy.labelled: expected labels in {proxy.path}, found none that fit ({error}); "
+            "without them set proxy.labelled = 0"
+        ) from None
 
 
 def _other_source(source: str, used: str, setting: str, other: str = "data.source") -> None:

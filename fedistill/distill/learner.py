@@ -2,13 +2,15 @@
 
 Three methods and a state are all that a federation needs. A learner may also offer
 ``familiarity(inputs) -> [rows]``, the log density ratio of its own rows to the proxy rows; the
-rule ``distribution-weighted`` asks for it.
+rule ``distribution-weighted`` asks for it. One that also trains by tables of other clients is
+:class:`Guided`.
 """
 
 from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from fedistill.distill.guide import Guide
 from fedistill.types import FloatArray, Logits, Probs, Rows, State
 
 
@@ -54,4 +56,17 @@ class Familiar(Protocol):
 
     def familiarity(self, inputs: FloatArray) -> FloatArray:
         """Log density ratio log p_own(x) / p_proxy(x) of each row, ``[rows]``."""
+        ...
+
+
+@runtime_checkable
+class Guided(Protocol):
+    """A learner that can train by a table of other clients, and tell the features of rows."""
+
+    def guide(self, guide: Guide | None) -> None:
+        """Train by this table from the next ``fit`` on, until there is another; None: by none."""
+        ...
+
+    def features(self, inputs: FloatArray) -> FloatArray:
+        """Hidden features of each row, ``[rows, width]``; the same for the same inputs, always."""
         ...

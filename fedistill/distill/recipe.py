@@ -31,6 +31,10 @@ class Recipe:
         familiarity: also learn to tell own rows from proxy rows.
         calibrate: add the log of the own class shares to the logits while training on own rows,
             so that what is shared is free of the own class mix.
+        guide_weight: weight of a guide (see :class:`fedistill.distill.guide.Guide`) beside the
+            cross-entropy of own rows; 0 trains without it.
+        predict: from the ``head``, or by the nearest of the ``prototypes`` of the guide; before
+            there are any, from the head.
     """
 
     epochs: int = 2
@@ -51,6 +55,8 @@ class Recipe:
     average: float = 0.0
     familiarity: bool = False
     calibrate: bool = False
+    guide_weight: float = 1.0
+    predict: str = "head"
 
     def soft_weight_for(self, rows: int) -> float:
         """Weight of the soft part for a learner with this many own rows.

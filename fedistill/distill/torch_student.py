@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,14 +14,19 @@ from torch import Tensor, nn
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
 from fedistill.distill.batches import Batch, Batches, Memory, local_batches, soft_batches
+from fedistill.distill.guide import Guide, guiding, nearest_prototype
 from fedistill.distill.optimizer import Optimizer
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.trunk import Trunk, trunk_of
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
 from fedistill.seeding import derive
 from fedistill.types import FloatArray, IntArray, Logits, Probs, Rows, State
 
 PREDICT_ROWS = 250
 """Rows of one forward pass when predicting: small enough to stay in cache."""
+
+Loss: TypeAlias = Callable[[Batch, Batch], Tensor]
+"""Of a part of a batch, given the whole: the losses of the parts add up to that of the whole."""
 
 
 @contextmanager
@@ -35,42 +41,27 @@ def seeded(seed: int) -> Iterator[None]:
 class WithFamiliarity(nn.Module):
     """A module with one more output: how familiar a row is, from the features before the head.
 
-    The features are the input of the module's last linear layer, so any classifier can carry the
-    output without being rewritten; its logits, if it has none or one that does not see whole
-    rows. The gradient flows into the shared trunk.
+    The features are those of its :class:`Trunk`, into which the gradient flows.
     """
 
     def __init__(self, module: nn.Module, example: Tensor) -> None:
         super().__init__()
         self.module = module
-        self._features: Tensor | None = None
-        linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        if linear:
-            linear[-1].register_forward_pre_hook(self._keep)
+        self._trunk = Trunk(module)
         was_training = module.training
         module.eval()
         with torch.no_grad():
-            logits = module(example)
+            features = self._trunk.of(module(example))
         module.train(was_training)
-        seen = self._features
-        self._usable = seen is not None and seen.shape[:-1] == (len(example),)
-        features = seen if seen is not None and self._usable else logits
         with seeded(0):  # it starts at zero: what is drawn first must not move other draws
             self.score = nn.Linear(features.shape[-1], 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        del layer
-        self._features = inputs[0]
-
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[rows, classes]`` and familiarity ``[rows]``."""
-        self._features = None
         logits: Tensor = self.module(inputs)
-        features = logits if self._features is None or not self._usable else self._features
-        self._features = None
-        score: Tensor = self.score(features)[:, 0]
+        score: Tensor = self.score(self._trunk.of(logits))[:, 0]
         return logits, score
 
 
@@ -110,6 +101,7 @@ class TorchStudent:
         self._averaged = [p.detach().clone() for p in self._weights()] if recipe.average else []
         self._steps = 0
         self._memory: Memory | None = None
+        self._guide: Guide | None = None
         self._optimizer = Optimizer(recipe, self._weights())
         self._physical = 1 << 30
 
@@ -133,7 +125,11 @@ class TorchStudent:
             self._distil(memory, seed)
 
     def fit(self, rows: Rows, *, seed: int) -> None:
-        """Train on own rows, joined by proxy rows; without own rows, on the proxy rows alone."""
+        """Train on own rows, joined by proxy rows; without own rows, on the proxy rows alone.
+
+        A guide counts while there are own rows. Its part of the loss keeps its weight from round
+        to round: a schedule over rounds, as FedHeNN has one, is left to the caller.
+        """
         if len(rows) == 0 or self.recipe.epochs == 0:
             if self._memory is not None and len(self._memory):
                 self._distil(self._memory, seed)
@@ -149,16 +145,30 @@ class TorchStudent:
         )
         offset = self._log_shares(rows.labels) if self.recipe.calibrate else None
 
-        def loss(batch: Batch) -> Tensor:
-            logits, score = self._forward(batch.inputs)
-            if offset is not None:
-                logits = torch.cat([logits[: batch.own] + offset, logits[batch.own :]])
-            if batch.temperature != 1.0:
-                logits = torch.cat([logits[: batch.own], logits[batch.own :] / batch.temperature])
-            total = soft_cross_entropy(logits, batch.targets, batch.weight)
-            return total if self._scored is None else total + own_or_proxy(score, batch.familiar)
+        with guiding(self._guide, self.recipe, self.module, seed, self.device) as guide:
 
-        self._train(batches, loss, seed)
+            def loss(part: Batch, whole: Batch) -> Tensor:
+                logits, score = self._forward(part.inputs)
+                guided = guide.on_own(logits, part, whole) if guide is not None else None
+                if offset is not None:
+                    logits = torch.cat([logits[: part.own] + offset, logits[part.own :]])
+                if part.temperature != 1.0:
+                    logits = torch.cat([logits[: part.own], logits[part.own :] / part.temperature])
+                total = soft_cross_entropy(logits, part.targets, part.weight)
+                total = total if guided is None else total + guided
+                return total if self._scored is None else total + own_or_proxy(score, part.familiar)
+
+            self._train(batches, loss, seed, None if guide is None else guide.beside)
+
+    def guide(self, guide: Guide | None) -> None:
+        """Train by this table from the next ``fit`` on, until there is another; None: by none.
+
+        Raises:
+            FedistillError: the table is about other classes.
+        """
+        if guide is not None:
+            guide.check_classes(self.classes)
+        self._guide = guide
 
     def restart(self) -> None:
         """Forget the optimizer's state, as when the weights were replaced from outside."""
@@ -166,19 +176,37 @@ class TorchStudent:
 
     def predict(self, inputs: FloatArray) -> Logits:
         """Logits ``[rows, classes]``, float32."""
+        guide = self._guide if self.recipe.predict == "prototypes" else None
+        if guide is not None and guide.kind == "prototypes" and guide.present.any():
+            return nearest_prototype(self.features(inputs), guide)
         return self._evaluate(inputs)[0]
+
+    def features(self, inputs: FloatArray) -> FloatArray:
+        """What the last linear layer is given, ``[rows, width]``; logits without such a layer."""
+        rows = self._tensor(inputs)
+        # The width of no rows at all is known from a blank one.
+        shown = rows if len(rows) else rows.new_zeros((1, *rows.shape[1:]))
+        self._net.eval()
+        with self._predicting(), torch.inference_mode(), trunk_of(self.module) as trunk:
+            parts = [
+                trunk.of(self.module(shown[start : start + PREDICT_ROWS])).cpu().numpy()
+                for start in range(0, len(shown), PREDICT_ROWS)
+            ]
+        return np.concatenate(parts)[: len(rows)]
 
     def familiarity(self, inputs: FloatArray) -> FloatArray:
         """Log density ratio of own to proxy rows, ``[rows]``; 0 where it is not learned."""
         return self._evaluate(inputs)[1]
 
     def state_dict(self) -> State:
-        """Weights, their moving average, the optimizer's tensors and the number of steps."""
+        """Weights, their moving average, the optimizer's tensors, the guide and the steps taken."""
         state = {f"net.{k}": _copied(v) for k, v in self._net.state_dict().items()}
         state |= {f"average.{i}": _copied(v) for i, v in enumerate(self._averaged)}
         for index, weight in enumerate(self._weights()):
             for key, value in self._optimizer.state.get(weight, {}).items():
                 state[f"optimizer.{index}.{key}"] = _copied(value)
+        if self._guide is not None:
+            state |= {f"guide.{k}": v for k, v in self._guide.state_dict().items()}
         return state | {"steps": np.array([self._steps], dtype=np.int64)}
 
     def load_state_dict(self, state: State, rows: Rows) -> None:
@@ -196,6 +224,9 @@ class TorchStudent:
                 _, number, key = name.split(".")
                 home = value if key == "step" else value.to(self.device)
                 self._optimizer.state.setdefault(weights[int(number)], {})[key] = home
+        self._guide = Guide.from_state(
+            {k[6:]: v for k, v in state.items() if k.startswith("guide.")}
+        )
         self._steps = int(state["steps"][0])
 
     # --- training ------------------------------------------------------------------------------
@@ -203,16 +234,23 @@ class TorchStudent:
     def _distil(self, memory: Memory, seed: int) -> None:
         """A phase on soft targets alone."""
 
-        def loss(batch: Batch) -> Tensor:
-            logits, _ = self._forward(batch.inputs)
+        def loss(part: Batch, whole: Batch) -> Tensor:
+            del whole
+            logits, _ = self._forward(part.inputs)
             if self.recipe.loss == "mae":
-                return logit_mae(logits, batch.targets) * batch.weight.sum()
-            return soft_cross_entropy(logits, batch.targets, batch.weight, batch.temperature)
+                return logit_mae(logits, part.targets) * part.weight.sum()
+            return soft_cross_entropy(logits, part.targets, part.weight, part.temperature)
 
         self._train(soft_batches(memory, self.recipe, seed), loss, seed)
 
-    def _train(self, batches: Batches, loss: Callable[[Batch], Tensor], seed: int) -> None:
-        """One optimizer step for each batch."""
+    def _train(
+        self,
+        batches: Batches,
+        loss: Loss,
+        seed: int,
+        beside: Callable[[int], Tensor | None] | None = None,
+    ) -> None:
+        """One optimizer step for each batch; ``beside`` is a term of the step and not of rows."""
         recipe = self.recipe
         weights = self._weights()
         self._net.train()
@@ -225,7 +263,7 @@ class TorchStudent:
             for step, batch in enumerate(batches):
                 falling = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
                 rate = recipe.lr * (falling if recipe.schedule == "cosine" else 1.0)
-                self._backward(batch, loss)
+                self._backward(batch, loss, None if beside is None else partial(beside, step))
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
                 self._optimizer.step(rate)
@@ -233,7 +271,9 @@ class TorchStudent:
                 self._update_average(weights)
         self._net.eval()
 
-    def _backward(self, batch: Batch, loss: Callable[[Batch], Tensor]) -> None:
+    def _backward(
+        self, batch: Batch, loss: Loss, beside: Callable[[], Tensor | None] | None = None
+    ) -> None:
         """Gradient of one batch; out of memory, in parts that add up to the same."""
         while True:
             self._optimizer.zero_grad()
@@ -241,7 +281,11 @@ class TorchStudent:
             try:
                 for start in range(0, len(batch), size):
                     part = batch if size == len(batch) else batch.cut(start, start + size)
-                    loss(part).backward()  # type: ignore[no-untyped-call]
+                    loss(part, batch).backward()  # type: ignore[no-untyped-call]
+                extra = beside() if beside is not None else None
+                # Features of a model without hidden layers are its inputs: nothing to align.
+                if extra is not None and extra.requires_grad:
+                    extra.backward()  # type: ignore[no-untyped-call]
                 return
             except torch.OutOfMemoryError:
                 if size == 1:

@@ -88,13 +88,12 @@ class FlowerBackend:
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
         """One reply or failure for every client asked."""
         state = _Round(plan, set(plan.clients))
-        message = plan.to_bytes()
         started = quiet = time.monotonic()
         with _Inbox(self.grid, self.pause) as inbox:
             while state.waiting and (left := started + self.deadline - time.monotonic()) > 0:
                 if state.unasked():
                     with inbox.tolerant():
-                        self._ask(state, message, self.roster(self.grid), left, inbox)
+                        self._ask(state, self.roster(self.grid), left, inbox)
                 if state.asked or state.uploads < plan.quorum:
                     quiet = time.monotonic()
                 elif time.monotonic() - quiet > self.grace:
@@ -111,7 +110,6 @@ class FlowerBackend:
     def _ask(
         self,
         state: _Round,
-        message: bytes,
         online: Mapping[str, int],
         left: float,
         inbox: _Inbox,
@@ -122,7 +120,7 @@ class FlowerBackend:
             convert.request(
                 convert.ROUND,
                 online[site],
-                {"plan": message, **self.extra},
+                {"plan": state.plan.message(site), **self.extra},
                 group=str(state.plan.round),
                 ttl=left + MARGIN,
             )

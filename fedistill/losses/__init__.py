@@ -9,8 +9,10 @@ from fedistill.losses.decoupled import decoupled_kd
 from fedistill.losses.directions import cosine
 from fedistill.losses.distillation import kd, label_loss, logit_kl
 from fedistill.losses.hints import hint, regressor
+from fedistill.losses.kernels import kernel_loss
 from fedistill.losses.lists import ranking, ranking_order
 from fedistill.losses.logits import logit_mse
+from fedistill.losses.prototypes import prototype_loss
 from fedistill.losses.relational import relational_angle, relational_distance
 from fedistill.losses.soft_targets import (
     kl_divergence,
@@ -26,12 +28,14 @@ __all__ = [
     "decoupled_kd",
     "hint",
     "kd",
+    "kernel_loss",
     "kl_divergence",
     "label_loss",
     "logit_kl",
     "logit_mae",
     "logit_mse",
     "own_or_proxy",
+    "prototype_loss",
     "ranking",
     "ranking_order",
     "regressor",

@@ -1,15 +1,12 @@
 """What travels: one plan down, one upload up, each a header and a payload.
 
-A message is ``magic, version, length of header, header (JSON), payload, sha256``. The header is a
-whitelist: a field that is not named here cannot be sent, and a header with any other key is
-refused. Sizes are checked from the header before anything is unfolded.
+The header is a whitelist: a field that is not named here cannot be sent, and a header with any
+other key is refused. How a message is put together: :mod:`fedistill.wire.envelope`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,139 +14,120 @@ from typing import Any
 import numpy as np
 
 from fedistill.errors import Rejected
-from fedistill.seeding import generator
 from fedistill.types import FloatArray, IntArray, Probs
 from fedistill.wire import codec as codecs
+from fedistill.wire.delta import delta_decode, restore
+from fedistill.wire.envelope import (
+    Mask,
+    check_types,
+    count_bits,
+    exact_keys,
+    join,
+    seal,
+    split,
+    unpack_mask,
+    unseal,
+)
+from fedistill.wire.grid import Codes
+from fedistill.wire.rows import RowSpec as RowSpec
+from fedistill.wire.rows import read_spec, spec_fields
+from fedistill.wire.table import Table
+from fedistill.wire.targets import Targets as Targets
 
-MAGIC = b"FDst"
-VERSION = 1
-CHECKSUM = 16
-MAX_HEADER = 64 * 1024
 MOST_ROUNDS = 1 << 31
-
-
-@dataclass(frozen=True)
-class RowSpec:
-    """A set of proxy rows that costs a few bytes: it is drawn from a seed, not listed.
-
-    Rows are drawn in passes: every pass deals out all proxy rows once, in an order of its own, so
-    that no row waits long for its first soft target.
-    """
-
-    seed: int
-    round: int
-    count: int
-    total: int
-
-    def rows(self) -> IntArray:
-        """The row numbers, ``[count]``; those of one round are distinct."""
-        if not self.count:
-            return np.empty(0, dtype=np.int64)
-        number, offset = divmod((self.round - 1) * self.count, self.total)
-        first = self._pass(number)[offset : offset + self.count]
-        if len(first) == self.count:
-            return first
-        return np.concatenate([first, self._pass(number + 1)[: self.count - len(first)]])
-
-    def _pass(self, number: int) -> IntArray:
-        """All rows in the order in which pass ``number`` deals them out.
-
-        A round that takes the last rows of one pass and the first of the next must not get a row
-        twice: rows among the former wait until that round is over. That moves rows among the
-        first ``count`` of a pass only, so in long passes the last rows are known at once; in
-        short ones the pass before decides on them, back to one that began together with a round.
-        """
-        start = number
-        while (
-            start
-            and start * self.total % self.count
-            and (start == number or self.total < 2 * self.count)
-        ):
-            start -= 1
-        order = generator(self.seed, "proxy-pass", start).permutation(self.total)
-        for later in range(start + 1, number + 1):
-            shared = later * self.total % self.count
-            last = order[self.total - shared :]
-            order = generator(self.seed, "proxy-pass", later).permutation(self.total)
-            head = np.flatnonzero(~np.isin(order, last))[: self.count - shared]
-            order = np.concatenate([order[head], np.delete(order, head)])
-        return order
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """Soft targets on the rows of one round, coded; ``answered`` leaves out rows without any."""
-
-    spec: RowSpec
-    codec: str
-    classes: int
-    payload: bytes
-    missing: tuple[int, ...] = ()
-
-    def probs(self) -> Probs:
-        """Decoded targets of the answered rows, ``[rows, classes]``."""
-        rows = self.spec.count - len(self.missing)
-        size = codecs.expected_size(self.codec, rows, self.classes)
-        return codecs.CODECS[self.codec].decode(
-            codecs.unpack(self.payload, size), rows, self.classes
-        )
-
-    def rows(self) -> IntArray:
-        """Proxy row numbers of the answered rows, in the order of :meth:`probs`."""
-        return np.delete(self.spec.rows(), np.asarray(self.missing, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the server asks of the clients in one round, with the last round's soft targets."""
+    """What the server asks of the clients in one round, with the last round's soft targets.
+
+    Attributes:
+        run: which run.
+        round: which round, from 1.
+        ask: the rows of the round.
+        proxy: fingerprint of the proxy set.
+        classes: fingerprint of the class names in order.
+        skip: a bit for each row of ``ask``: its target is fresh enough, it is not asked.
+        heard: the last round of which the receiver's upload was let in; 0: of none. Both sides
+            hold those predictions, and what is sent may be told as a change of them.
+        targets: soft targets to learn from.
+        table: what a method exchanges that shares no predictions on proxy rows.
+        clients: who is asked. The server's own note: it does not travel.
+        quorum: fewest uploads that are of use: a backend waits for these above all. It does not
+            travel.
+        own: by client, the fields in which its message differs. Does not travel as such.
+    """
 
     run: str
     round: int
     ask: RowSpec
     proxy: str
     classes: str
+    skip: bytes = b""
+    heard: int = 0
     targets: Targets | None = None
-    weights: bytes = b""
+    table: Table | None = None
     clients: tuple[str, ...] = field(default=(), compare=False)
-    """Who is asked. The server's own note: it does not travel."""
     quorum: int = field(default=0, compare=False)
-    """Fewest uploads that are of use: a backend waits for these above all. It does not travel."""
+    own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+
+    def rows(self) -> IntArray:
+        """The proxy rows to predict, in the order of the upload."""
+        rows: IntArray = self.ask.rows()[~unpack_mask(self.skip, self.ask.count)]
+        return rows
+
+    def count(self) -> int:
+        """How many rows are to be predicted."""
+        return self.ask.count - count_bits(self.skip, self.ask.count)
+
+    def message(self, client: str) -> bytes:
+        """The message to one client, as it travels."""
+        own = self.own.get(client)
+        return (dataclasses.replace(self, **own) if own else self).to_bytes()
 
     def to_bytes(self) -> bytes:
-        """The message as it travels."""
+        """The message to a client that is told nothing of its own."""
         header: dict[str, Any] = {
             "kind": "plan",
             "run": self.run,
             "round": self.round,
             "proxy": self.proxy,
             "classes": self.classes,
-            "ask": _spec(self.ask),
+            "ask": spec_fields(self.ask),
+            "heard": self.heard,
         }
-        payload = self.weights
+        parts = [self.skip]
         if self.targets is not None:
-            header["targets"] = {
-                "spec": _spec(self.targets.spec),
-                "codec": self.targets.codec,
-                "classes": self.targets.classes,
-                "missing": list(self.targets.missing),
-            }
-            payload = self.targets.payload
+            header["targets"] = self.targets.header()
+            parts += self.targets.parts()
+        if self.table is not None:
+            header["table"] = list(self.table.shape)
+            parts += self.table.parts()
+        header["parts"], payload = join(parts)
         return seal(header, payload)
 
     @classmethod
     def from_bytes(cls, data: bytes, limit: int = 64 << 20) -> Plan:
         """Read a plan, or raise :class:`Rejected`."""
         header, payload = unseal(data, limit)
-        keys = {"kind", "run", "round", "proxy", "classes", "ask"}
-        _exact_keys(header, keys | ({"targets"} if "targets" in header else set()))
+        optional = {name for name in ("targets", "table") if name in header}
+        names = {"run": str, "round": int, "proxy": str, "classes": str, "heard": int}
+        exact_keys(header, {"kind", "ask", "parts", *names} | optional)
         if header["kind"] != "plan":
             raise Rejected("kind", "expected a plan")
-        _check_types(header, {"run": str, "round": int, "proxy": str, "classes": str})
-        targets = _read_targets(header["targets"], payload) if "targets" in header else None
-        number, ask = header["round"], _read_spec(header["ask"])
-        if not 0 < number < MOST_ROUNDS or ask.round != number:
-            raise Rejected("stale_round", "the plan names impossible or different rounds")
-        if targets is not None and not 0 < targets.spec.round < number:
+        check_types(header, names)
+        number, ask = header["round"], read_spec(header["ask"])
+        if not 0 < number < MOST_ROUNDS or ask.round > number:
+            raise Rejected("stale_round", "the plan names impossible rounds")
+        if not 0 <= header["heard"] < number:
+            raise Rejected("stale_round", "the plan has heard of no earlier round")
+        count = 1 + 4 * ("targets" in header) + 2 * ("table" in header)
+        skip, *parts = split(payload, header["parts"], count)
+        count_bits(skip, ask.count)
+        targets = Targets.read_header(header["targets"], parts[:4]) if "targets" in header else None
+        if targets is not None and not (
+            targets.spec.round <= targets.round and 0 < targets.round < number
+        ):
             raise Rejected("stale_round", "the targets are of no earlier round")
         return cls(
             run=header["run"],
@@ -157,8 +135,10 @@ class Plan:
             proxy=header["proxy"],
             classes=header["classes"],
             ask=ask,
+            skip=skip,
+            heard=header["heard"],
             targets=targets,
-            weights=b"" if targets else payload,
+            table=Table.read(header["table"], parts[-2:]) if "table" in header else None,
         )
 
 
@@ -178,6 +158,7 @@ UPLOAD_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "size": int,
     "epsilon": (float, type(None)),
     "ledger": str,
+    "parts": list,
 }
 """The whitelist (invariant 1): nothing else can be in an upload's header."""
 
@@ -192,18 +173,20 @@ class Upload:
         round: which round, from 1.
         proxy: fingerprint of the proxy set the predictions were made on.
         classes: fingerprint of the class names in order.
-        share: ``probs`` (predictions), ``none`` (a client without rows of its own) or
-            ``weights`` (the FedAvg baseline only; refused unless the server runs that).
+        share: ``probs`` (predictions), ``none`` (a client without rows of its own) or the name
+            of another exchange (refused unless the server runs that).
         codec: name of the codec.
         temperature: of the softmax before coding; 1.
-        shape: rows and classes of the predictions.
+        shape: rows and classes of the predictions, the rows that the client answers.
         familiarity: whether one byte a row of log density ratio follows the predictions.
         seen: the classes the client has met, as a bit mask in hexadecimal; 0 where the rule does
             not ask for it.
         size: number of own rows, rounded to a power of two; 0 for none.
         epsilon: privacy spent so far; None means no differential privacy.
         ledger: head of the client's privacy ledger, empty without one.
-        payload: the coded predictions, then the familiarity, compressed.
+        payload: the coded predictions, compressed.
+        declined: a bit for each row asked: the client does not answer it.
+        ratios: the familiarity, compressed.
     """
 
     client: str
@@ -221,12 +204,15 @@ class Upload:
     epsilon: float | None = None
     ledger: str = ""
     payload: bytes = b""
+    declined: bytes = b""
+    ratios: bytes = b""
 
     def to_bytes(self) -> bytes:
         """The message as it travels."""
+        lengths, payload = join([self.payload, self.declined, self.ratios])
         header: dict[str, Any] = {"kind": "upload"}
-        header |= {name: getattr(self, name) for name in UPLOAD_FIELDS if name != "kind"}
-        return seal(header | {"shape": list(self.shape)}, self.payload)
+        header |= {n: getattr(self, n) for n in UPLOAD_FIELDS if n not in {"kind", "parts"}}
+        return seal(header | {"shape": list(self.shape), "parts": lengths}, payload)
 
     @classmethod
     def from_bytes(cls, data: bytes, limit: int = 64 << 20) -> Upload:
@@ -236,7 +222,7 @@ class Upload:
             Rejected: with the reason code.
         """
         header, payload = unseal(data, limit)
-        _exact_keys(header, set(UPLOAD_FIELDS))
+        exact_keys(header, set(UPLOAD_FIELDS))
         for name, kind in UPLOAD_FIELDS.items():
             value = header[name]
             if name == "temperature" and type(value) is int and abs(value) < 1 << 53:
@@ -251,17 +237,31 @@ class Upload:
         shape = header["shape"]
         if len(shape) != 2 or not all(type(side) is int and side >= 0 for side in shape):
             raise Rejected("shape", "expected two counts, rows and classes")
-        fields = {name: header[name] for name in UPLOAD_FIELDS if name != "kind"}
-        return cls(**(fields | {"shape": (shape[0], shape[1])}), payload=payload)
+        parts = split(payload, header["parts"], 3)
+        fields = {n: header[n] for n in UPLOAD_FIELDS if n not in {"kind", "parts"}}
+        fields |= {"shape": (shape[0], shape[1])}
+        return cls(**fields, payload=parts[0], declined=parts[1], ratios=parts[2])
 
-    def decode(self) -> tuple[Probs, FloatArray | None]:
-        """Predictions ``[rows, classes]`` and familiarity ``[rows]`` or None."""
-        rows, classes = self.shape
-        size = codecs.expected_size(self.codec, rows, classes)
-        whole = codecs.expected_size(self.codec, rows, classes, self.familiarity)
-        content = codecs.unpack(self.payload, whole)
-        probs = codecs.CODECS[self.codec].decode(content[:size], rows, classes)
-        return probs, codecs.decode_familiarity(content[size:]) if self.familiarity else None
+    def codes(self, reference: Codes | None = None) -> Codes:
+        """Codes of the answered rows, given those that both sides hold of them."""
+        return delta_decode(self.codec, self.payload, *self.shape, reference)
+
+    def decode(self, reference: Codes | None = None) -> tuple[Probs, FloatArray | None]:
+        """Predictions ``[rows, classes]`` and familiarity ``[rows]`` or None, of answered rows."""
+        probs = restore(self.codec, self.codes(reference), self.shape[1])
+        return probs, self.read_familiarity()
+
+    def read_familiarity(self) -> FloatArray | None:
+        """Log density ratios of the answered rows ``[rows]``, or None."""
+        if not self.familiarity:
+            if self.ratios:
+                raise Rejected("shape", "familiarity that was not announced")
+            return None
+        return codecs.decode_familiarity(codecs.unpack(self.ratios, self.shape[0]))
+
+    def answered(self, asked: int) -> Mask:
+        """Which of the rows asked are answered, bool ``[asked]``."""
+        return ~unpack_mask(self.declined, asked)
 
     def seen_classes(self, classes: int) -> IntArray:
         """The bit mask as booleans ``[classes]``."""
@@ -292,93 +292,3 @@ def bucket(count: int) -> int:
 def seen_mask(seen: Any) -> str:
     """Booleans ``[classes]`` as a bit mask in hexadecimal."""
     return format(sum(1 << c for c, met in enumerate(seen) if met), "x")
-
-
-def seal(header: Mapping[str, Any], payload: bytes) -> bytes:
-    """Header and payload as one message with a checksum at its end."""
-    text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
-    body = MAGIC + struct.pack("<HI", VERSION, len(text)) + text + payload
-    return body + hashlib.sha256(body).digest()[:CHECKSUM]
-
-
-def unseal(data: bytes, limit: int) -> tuple[dict[str, Any], bytes]:
-    """Header and payload of a message.
-
-    Raises:
-        Rejected: ``too_large``, ``truncated``, ``format`` or ``version``.
-    """
-    if len(data) > limit:
-        raise Rejected("too_large", f"{len(data)} bytes, at most {limit} are accepted")
-    start = len(MAGIC) + 6
-    if len(data) < start + CHECKSUM:
-        raise Rejected("truncated", "shorter than the smallest message")
-    if data[: len(MAGIC)] != MAGIC:
-        raise Rejected("format", "not a fedistill message")
-    version, length = struct.unpack("<HI", data[len(MAGIC) : start])
-    if version != VERSION:
-        raise Rejected("version", f"message version {version}, this side speaks {VERSION}")
-    body = data[:-CHECKSUM]
-    if hashlib.sha256(body).digest()[:CHECKSUM] != data[-CHECKSUM:]:
-        raise Rejected("truncated", "the checksum does not hold")
-    if length > min(MAX_HEADER, len(body) - start):
-        raise Rejected("format", "the header does not fit")
-    try:
-        header = json.loads(body[start : start + length])
-    except (ValueError, RecursionError):
-        raise Rejected("format", "the header is not JSON") from None
-    if not isinstance(header, dict):
-        raise Rejected("format", "the header is not a table")
-    return header, body[start + length :]
-
-
-def _spec(spec: RowSpec) -> dict[str, int]:
-    return {"seed": spec.seed, "round": spec.round, "count": spec.count, "total": spec.total}
-
-
-def _read_spec(raw: Any) -> RowSpec:
-    """Rows that can be drawn: of ``total`` at least one, and no more than there are."""
-    names = {"seed": int, "round": int, "count": int, "total": int}
-    _check_types(raw, names)
-    _exact_keys(raw, set(names))
-    spec = RowSpec(**raw)
-    if spec.round < 1 or not 0 <= spec.count <= spec.total < 1 << 40 or not spec.total:
-        raise Rejected("shape", "the rows of a round must be a part of the proxy rows")
-    return spec
-
-
-def _read_targets(raw: Any, payload: bytes) -> Targets:
-    """Targets whose parts fit together; the payload is judged when it is decoded."""
-    names = {"spec": dict, "codec": str, "classes": int, "missing": list}
-    _check_types(raw, names)
-    _exact_keys(raw, set(names))
-    spec, missing = _read_spec(raw["spec"]), raw["missing"]
-    if raw["codec"] not in codecs.CODECS:
-        raise Rejected("codec", "the targets come in an unknown codec")
-    if not 1 <= raw["classes"] < 1 << 20 or not (
-        all(type(row) is int and 0 <= row < spec.count for row in missing)
-        and len(set(missing)) == len(missing)
-    ):
-        raise Rejected("shape", "the targets name rows or classes that cannot be")
-    return Targets(
-        spec=spec,
-        codec=raw["codec"],
-        classes=raw["classes"],
-        missing=tuple(missing),
-        payload=payload,
-    )
-
-
-def _check_types(header: Any, names: Mapping[str, type]) -> None:
-    """Refuse what is no table, or holds one of these names with a value of another type."""
-    if not isinstance(header, dict):
-        raise Rejected("field", "expected a table")
-    for name, kind in names.items():
-        if type(header.get(name)) is not kind:
-            raise Rejected("field", f"field {name} has the wrong type")
-
-
-def _exact_keys(header: Mapping[str, Any], expected: set[str]) -> None:
-    if extra := sorted(set(header) - expected):
-        raise Rejected("fields", f"unexpected field, e.g. {extra[0][:40]!r}")
-    if missing := sorted(expected - set(header)):
-        raise Rejected("fields", f"missing field, e.g. {missing[0]}")

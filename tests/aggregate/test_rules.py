@@ -33,8 +33,14 @@ def shares(*rows):
     return [np.divide(row, sum(row)) for row in rows]
 
 
+MEAN = [[0.375, 0.375, 0.25], [0.5, 0.15, 0.35]]
+SURE = 0.8**0.8 * 0.1**0.2, 0.2**0.4 * 0.6**0.6  # exp(-entropy) of the second rows
+# The anchor: 0.5 and 0.25 where the mean has 0.375. Credit 1.33 and 0.668 beside 1 to start with.
+TRUSTED = ((0.251 / 0.376 + 1) / 2) ** 3
+PAIR = ["a", "b"]
+
 HAND = {
-    "mean": ({}, [[0.375, 0.375, 0.25], [0.5, 0.15, 0.35]]),
+    "mean": ({}, MEAN),
     "mean-logits": ({}, shares(*ROOTS)),
     "sharpened": ({}, [[0.437349, 0.437349, 0.125303], [0.797876, 0.024094, 0.178031]]),
     "power": ({}, shares([9, 9, 4], [0.25, 0.0225, 0.1225])),
@@ -42,18 +48,43 @@ HAND = {
         {"seen": np.array([[True, True, False], [True, True, True]])},
         shares([11, 10, 6], [49, 14, 54]),
     ),
+    "confidence": ({}, [MEAN[0], [3.8 / 7, 1 / 7, 2.2 / 7]]),
+    "entropy": ({}, [MEAN[0], np.average([A[1], B[1]], axis=0, weights=SURE)]),
+    # Scores of 0.75 and 0.25 in the first row, 0.5 and 0.5 in the second.
+    "certainty": (
+        {"familiarity": np.log([[3.0, 1.0], [1 / 3, 1.0]])},
+        shares(np.multiply(np.power(A[0], 0.75), np.power(B[0], 0.25)), ROOTS[1]),
+    ),
+    # A vote each: in the first row all is equal, in the second class 0 is the likelier.
+    "vote": ({}, [[1, 0, 0], [1, 0, 0]]),
+    # Both labels are 0, and the second client is against: 1 of it, 0.2 of what it says.
+    "consensus": ({}, shares([1.05, 0.1, 0.05], [1.04, 0.04, 0.12])),
+    # By its label the first row is the second client's, by its entropy the second the first's.
+    "best-teacher": ({"anchors": np.array([1, -1])}, [B[0], A[1]]),
+    "clusters": ({}, [[A[0], B[0]], [A[1], B[1]]]),
+    # Of two clients every median is the mean, and there is no most.
+    "median": ({}, MEAN),
+    "trimmed-mean": ({}, MEAN),
+    "geometric-median": ({}, MEAN),
+    "geometric-median-client": ({}, MEAN),
+    "krum": ({}, MEAN),
+    "trust": ({"clients": PAIR}, MEAN),
+    "trust-anchored": (
+        {"clients": PAIR, "anchors": np.array([0, -1])},
+        [np.average([A[row], B[row]], axis=0, weights=[1, TRUSTED]) for row in range(2)],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", rules.RULES)
 def test_every_rule_keeps_its_promises(name):
-    check_rule(rules.RULES[name])
+    check_rule(name)
 
 
 @pytest.mark.parametrize("name", HAND)
 def test_two_clients_two_rows_three_classes_by_hand(name):
     extras, expected = HAND[name]
-    found = rules.RULES[name](LOGITS, EQUAL, **extras)
+    found = rules.configure(name)(LOGITS, EQUAL, **extras)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -94,8 +125,9 @@ def test_a_row_that_nobody_answers_is_nan_and_its_neighbour_is_not():
 def test_golden_table(name):
     """Targets of a fixed case, to six digits; FEDISTILL_GOLDEN=write renews the file."""
     case = testing._case(clients=3, rows=3)
-    extras = {key: case[key] for key in rules.wants(rules.RULES[name])}
-    found = np.round(rules.RULES[name](case["logits"], case["weights"], **extras), 6).tolist()
+    rule = rules.configure(name)
+    extras = {key: case[key] for key in rules.takes(rule)}
+    found = np.round(rule(case["logits"], case["weights"], **extras), 6).tolist()
     if os.environ.get("FEDISTILL_GOLDEN") == "write":
         table = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
         GOLDEN.write_text(json.dumps(table | {name: found}, indent=1, sort_keys=True) + "\n")
@@ -210,6 +242,15 @@ def test_ratios_are_normalised_over_the_rows_a_client_was_asked():
     np.testing.assert_allclose(ratios[0, :2], [0.5, 1.5])
 
 
+def test_rows_that_one_client_alone_claims_to_have_count_up_to_twice_the_median():
+    flat = np.zeros((3, 4))
+    boasted = rules.evidence(np.ones(3), flat, np.array([16.0, 16.0, 2.0**30]))
+    np.testing.assert_allclose(boasted, np.repeat([[116.0], [116.0], [132.0]], 4, axis=1))
+    # The median of those who have a say.
+    paired = rules.evidence(np.array([1.0, 0.0, 1.0]), flat, np.array([16.0, 2.0**30, 64.0]))
+    np.testing.assert_allclose(paired, np.repeat([[116.0], [0.0], [164.0]], 4, axis=1))
+
+
 def test_a_large_prior_gives_the_plain_mean():
     case = testing._case()
     found = rules.distribution_weighted(
@@ -289,6 +330,43 @@ def test_a_users_own_rule_runs_in_a_federation():
     np.testing.assert_allclose(federation.server.table, rules.softmax(first), atol=1e-6)
 
 
+def test_what_a_rule_can_do_without_is_handed_on_where_it_is_there():
+    def modest(logits, weights, *, sizes, familiarity=None):
+        told.append((sizes is not None, familiarity is not None))
+        return rules.mean(logits, weights)
+
+    told = []
+    assert (rules.wants(modest), rules.takes(modest)) == ({"sizes"}, {"sizes", "familiarity"})
+    extras = {"sizes": np.ones(2), "familiarity": None, "anchors": np.full(2, -1)}
+    rules.combine(modest, LOGITS, EQUAL, **extras)
+    rules.combine(modest, LOGITS, EQUAL, **(extras | {"familiarity": np.ones((2, 2))}))
+    assert told == [(True, False), (True, True)]
+
+
+def test_a_rule_that_remembers_is_made_anew_for_each_federation():
+    one, two = (rules.configure("trust", rate=3.0, trim=0.2) for _ in range(2))
+    assert type(one) is type(two) is rules.Trust
+    assert one is not two
+    assert one.rate == two.rate == 3.0
+    assert rules.configure(one) is one
+
+
+def test_a_rule_may_return_several_targets_a_row_and_each_is_checked():
+    found = rules.combine(rules.clusters, LOGITS, EQUAL, sharpen="power:2")
+    np.testing.assert_allclose(found, rules.power(HAND["clusters"][1]))
+
+    def lopsided(logits, weights):
+        several = rules.clusters(logits, weights)
+        several[1, 1] *= 0.9
+        return several
+
+    with pytest.raises(FedistillError, match="that sum to 1"):
+        rules.combine(lopsided, LOGITS, EQUAL)
+    for axes in ((1, 0, 2), (0, 2, 1)):
+        with pytest.raises(FedistillError, match=r"must return \[rows, classes\]"):
+            rules.combine(lambda z, w, axes=axes: z[:, :1].transpose(axes), LOGITS, EQUAL)
+
+
 # --- the checker itself --------------------------------------------------------------------------
 
 
@@ -353,6 +431,133 @@ def test_check_rule_rejects_a_rule_that_keeps_float16():
 
     with pytest.raises(CheckFailed, match="float16"):
         check_rule(thin)
+
+
+class Counting:
+    """The mean, and how often it was called."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logits, weights, *, clients):
+        assert len(set(clients)) == len(logits)
+        self.calls += 1
+        return rules.power(rules.mean(logits, weights), self.calls)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_check_rule_judges_a_rule_that_remembers_round_by_round():
+    check_rule(Counting)
+    rule = Counting()
+    rule.calls = 1
+    check_rule(rule)
+    assert rule.calls == 1  # what was checked are copies
+
+
+class Secretive:
+    """Remembers, and does not say so."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, logits, weights):
+        return Counting.__call__(self, logits, weights, clients=range(len(logits)))
+
+
+class Forgetting(Counting):
+    def load_state_dict(self, state):
+        pass
+
+
+class Binary(Counting):
+    def state_dict(self):
+        return {"calls": np.array([self.calls])}
+
+
+class Endless(Counting):
+    def state_dict(self):
+        return {"calls": math.inf}
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (Secretive, "called twice"),
+        (Forgetting, "second round after restoring: expected the same result"),
+        (Binary, "state: expected what JSON can say, found Object of type ndarray"),
+        (Endless, "state: expected what JSON can say"),
+    ],
+)
+def test_check_rule_rejects_a_memory_that_a_resumed_run_would_lose(kind, text):
+    with pytest.raises(CheckFailed, match=f"rule {kind.__name__}, {text}"):
+        check_rule(kind)
+
+
+def test_clients_are_known_by_their_ids_in_every_order():
+    def favour(logits, weights, favoured):
+        share = rules.spread(weights, logits.shape[1])
+        return rules.mean(logits, share * np.where(favoured, 2.0, 1.0)[:, None])
+
+    check_rule(lambda z, w, clients: favour(z, w, [name == "site-1" for name in clients]))
+    with pytest.raises(CheckFailed, match="clients in another order"):
+        check_rule(lambda z, w: favour(z, w, np.arange(len(z)) == 1))
+
+
+def test_labels_that_the_server_knows_are_renamed_with_the_classes():
+    def told(logits, weights, *, anchors):
+        known = np.eye(logits.shape[2])[anchors]
+        return np.where(anchors[:, None] >= 0, known, rules.mean(logits, weights))
+
+    def leaning(logits, weights, *, anchors):
+        found = rules.mean(logits, weights)
+        found[anchors >= 0] += 0.1 * np.eye(logits.shape[2])[0]
+        return found / found.sum(axis=1, keepdims=True)
+
+    check_rule(told)
+    with pytest.raises(CheckFailed, match="classes renamed"):
+        check_rule(leaning)
+
+
+def test_what_a_rule_can_do_without_is_left_out_once():
+    def lost(logits, weights, *, familiarity=None):
+        return rules.mean(logits, weights) if familiarity is not None else logits[0]
+
+    with pytest.raises(CheckFailed, match="rule lost, without familiarity: expected"):
+        check_rule(lost)
+
+
+def _opposite(probs):
+    return (1 - probs) / (probs.shape[-1] - 1) if probs.shape[-1] > 1 else probs
+
+
+SPOILT_CHOICES = {
+    "one says the opposite": (
+        lambda q: np.concatenate([q, _opposite(q[:, :1])], axis=1),
+        "unanimous clients: expected the class they agree on",
+    ),
+    "in the order of the clients": (None, "clients in another order"),
+    "rows and choices swapped": (lambda q: q.transpose(1, 0, 2), r"\[rows, classes\] = \[7, 3\]"),
+    "none": (lambda q: q[:, :0], r"\[rows, classes\] = \[7, 3\], found \[7, 0, 3\]"),
+    "one is half": (lambda q: q * np.r_[0.5, np.ones(q.shape[1] - 1)][:, None], "a row with sum"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT_CHOICES)
+def test_check_rule_judges_each_of_several_targets(name):
+    spoil, text = SPOILT_CHOICES[name]
+
+    def several(logits, weights):
+        if spoil is None:
+            return rules.softmax(logits).transpose(1, 0, 2)
+        return spoil(rules.clusters(logits, weights))
+
+    with pytest.raises(CheckFailed, match=text):
+        check_rule(several)
 
 
 def test_check_failed_is_an_assertion_and_an_error_of_ours():

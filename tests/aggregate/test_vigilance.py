@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from builders import probabilities
 
-from fedistill.aggregate.vigilance import MISSES, PROBE_EVERY, Vigilance, flag_predictions
+from fedistill.aggregate.vigilance import (
+    ECHO_ROWS,
+    MISSES,
+    PROBE_EVERY,
+    Vigilance,
+    flag_predictions,
+)
+from fedistill.wire.codec import CODECS, encode
 
 
 def honest(count=2):
@@ -106,3 +113,106 @@ def test_state_round_trip():
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_an_unknown_client_is_worth_asking(number):
     assert Vigilance().worth_asking("new", number)
+
+
+# --- echoes --------------------------------------------------------------------------------------
+
+
+def echoing(rows=30, share=1.0, seed=50):
+    """Published targets, and an upload that repeats a share of their rows."""
+    published = probabilities(rows, seed)
+    said = probabilities(rows, seed + 1)
+    count = round(share * rows)
+    said[:count] = published[:count]
+    return published, said
+
+
+def others(rows=30):
+    return {f"c{k}": probabilities(rows, k) for k in range(2)}
+
+
+def test_who_repeats_what_was_published_has_no_vote():
+    published, said = echoing()
+    _, weights, flags = flag_predictions(others() | {"rider": said}, published=published)
+    assert weights.tolist() == [1, 1, 0]
+    assert flags == {"rider": ["echo"]}
+
+
+def test_two_echoes_are_identical_besides():
+    published, said = echoing()
+    _, weights, flags = flag_predictions(
+        others() | {"r1": said, "r2": said.copy()}, published=published
+    )
+    assert weights.tolist() == [1, 1, 0, 0]
+    assert flags == {"r1": ["identical", "echo"], "r2": ["identical", "echo"]}
+
+
+@pytest.mark.parametrize(("share", "flagged"), [(0.9, True), (0.86, False), (0.0, False)])
+def test_an_echo_repeats_nine_rows_of_ten(share, flagged):
+    published, said = echoing(share=share)
+    _, weights, flags = flag_predictions(others() | {"rider": said}, published=published)
+    assert ("rider" in flags) == flagged
+    assert weights[2] == (0 if flagged else 1)
+
+
+@pytest.mark.parametrize(("told", "flagged"), [(20, True), (19, False), (0, False)])
+def test_rows_without_a_target_do_not_count_and_twenty_with_one_are_needed(told, flagged):
+    published, said = echoing()
+    published[told:] = np.nan
+    said[told:] = probabilities(30 - told, 99)
+    _, _, flags = flag_predictions(others() | {"rider": said}, published=published)
+    assert ("rider" in flags) == flagged
+
+
+def test_certain_targets_do_not_count():
+    """Whoever is sure of a row says the same of it, to the last code."""
+    published = np.tile([0.995, 0.004, 0.001], (30, 1))
+    said = published.copy()
+    said[0] = [0.2, 0.3, 0.5]
+    _, weights, flags = flag_predictions(others() | {"honest": said}, published=published)
+    assert weights.tolist() == [1, 1, 1]
+    assert flags == {}
+
+
+def test_a_step_of_the_codec_away_is_no_echo():
+    published, said = echoing()
+    said[:, 0] += 1e-5
+    said[:, 1] -= 1e-5
+    _, _, flags = flag_predictions(others() | {"honest": said}, published=published)
+    assert flags == {}
+
+
+def test_with_a_coarse_codec_everybody_may_repeat_a_target():
+    published, said = echoing()
+    _, weights, flags = flag_predictions(
+        others() | {"rider": said}, coarse=True, published=published
+    )
+    assert weights.tolist() == [1, 1, 1]
+    assert flags == {}
+
+
+def test_when_all_are_echoes_all_are_heard():
+    published, _ = echoing()
+    said = {"a": published, "b": published + 1e-8}
+    _, weights, flags = flag_predictions(said, published=published)
+    assert weights.tolist() == [1, 1]
+    assert flags == {"a": ["echo"], "b": ["echo"]}
+
+
+@pytest.mark.parametrize("codec", [name for name, c in CODECS.items() if c.loss < 1])
+@pytest.mark.parametrize("classes", [2, 10])
+def test_an_honest_client_that_learned_the_targets_is_no_echo(codec, classes):
+    """It comes near every target, and only a copy is one, where the codec can tell them apart."""
+    targets = probabilities(400, 1, classes)
+
+    def coded(probs):
+        return CODECS[codec].decode(encode(codec, probs), 400, classes)
+
+    published = coded(targets).astype(np.float64)
+    near = targets * np.exp(np.random.default_rng(2).normal(0, 0.05, targets.shape))
+    near /= near.sum(axis=1, keepdims=True)
+    said = {"near": coded(near), "copy": coded(published), "far": coded(targets[::-1])}
+    _, _, flags = flag_predictions(said, published=published)
+    fine = len(np.unique(published, axis=0)) >= ECHO_ROWS
+    assert fine or (classes == 2 and codec in {"simplex-3", "simplex-4"})
+    assert flags == ({"copy": ["echo"]} if fine else {})

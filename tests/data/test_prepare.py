@@ -224,3 +224,96 @@ def test_the_four_hospitals(real: Callable[[str], Path]) -> None:
         assert len(part) == 20
         assert np.isfinite(part.inputs).all()
         assert set(part.labels.tolist()) == {0, 1}
+
+
+# --- proxy rows whose labels the server knows ----------------------------------------------------
+
+
+def anchors(found: Federated) -> dict[int, int]:
+    """Row numbers of the public rows that have a label, with it."""
+    public = found.dataset.public
+    return {
+        int(row): int(label)
+        for row, label in zip(public.ids, public.labels, strict=True)  # type: ignore[arg-type]
+        if label >= 0
+    }
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 4, 9])
+def test_as_many_proxy_rows_as_asked_keep_their_label(tmp_path: Path, labelled: int) -> None:
+    data = hospital_file(tmp_path)
+    blank = prepare(data, ProxySettings(rows=9), BY_WARD, 7)
+    found = prepare(data, ProxySettings(rows=9, labelled=labelled), BY_WARD, 7)
+    assert ids(found.dataset.public) == ids(blank.dataset.public)
+    np.testing.assert_array_equal(found.dataset.public.inputs, blank.dataset.public.inputs)
+    assert len(anchors(found)) == labelled
+    assert all(label == int(row % 5 == 0) for row, label in anchors(found).items())
+    assert sorted(np.concatenate([part.ids for part in found.parts.values()])) == sorted(
+        np.concatenate([part.ids for part in blank.parts.values()])
+    )
+
+
+def test_the_seed_decides_which_labels_are_known(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text(
+        "x,y,ward,label\n" + "\n".join(f"{row},1,a,{row % 2}" for row in range(40)),
+        encoding="utf-8",
+    )
+    for proxy in (
+        ProxySettings(rows=40, labelled=10, path="csv:p.csv"),
+        ProxySettings(rows=30, labelled=10),
+    ):
+        first, again, other = (
+            anchors(prepare(hospital_file(tmp_path), proxy, BY_WARD, seed)) for seed in (7, 7, 8)
+        )
+        assert first == again != other
+
+
+def test_known_labels_do_not_change_when_a_site_is_left_out(tmp_path: Path) -> None:
+    data, proxy = hospital_file(tmp_path), ProxySettings(rows=12, labelled=8)
+    whole = anchors(prepare(data, proxy, BY_WARD, 7))
+    for name in "abc":
+        left = prepare(data, proxy, BY_WARD, 7, without=name)
+        kept = set(ids(left.dataset.public))
+        assert anchors(left) == {row: label for row, label in whole.items() if row in kept}
+
+
+def test_labels_of_a_proxy_source_are_those_of_the_data(tmp_path: Path) -> None:
+    """Numbers differ where the source of the proxy rows lacks a class; names decide."""
+    data = replace(hospital_file(tmp_path), label="ward", drop=("label",))
+    clients = ClientsSettings(partition="iid", count=2)
+    (tmp_path / "p.csv").write_text("x,y,ward,label\n1,2,c,0\n3,4,b,0\n5,6,c,0\n", encoding="utf-8")
+    found = prepare(data, ProxySettings(rows=3, labelled=3, path="csv:p.csv"), clients, 7)
+    assert found.dataset.classes == ("a", "b", "c")
+    assert anchors(found) == {0: 2, 1: 1, 2: 2}
+    few = prepare(data, ProxySettings(rows=2, labelled=1, path="csv:p.csv"), clients, 7)
+    assert len(anchors(few)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("x,y,ward\n1,2,a\n3,4,b\n", r'found none that fit \(.*"label".*set proxy.labelled = 0'),
+        ("x,y,ward,label\n1,2,a,0\n3,4,b,\n", "found none that fit .*a label"),
+        ("x,y,ward,label\n1,2,a,0\n3,4,b,7\n", "found none that fit .*another one in row 1"),
+    ],
+)
+def test_labels_that_are_asked_and_not_there_are_missed(
+    tmp_path: Path, rows: str, said: str
+) -> None:
+    data = hospital_file(tmp_path)
+    (tmp_path / "p.csv").write_text(rows, encoding="utf-8")
+    proxy = ProxySettings(rows=2, path="csv:p.csv")
+    assert anchors(prepare(data, proxy, BY_WARD, 7)) == {}
+    with pytest.raises(DataError, match=said):
+        prepare(data, replace(proxy, labelled=1), BY_WARD, 7)
+
+
+def test_more_labels_than_proxy_rows_are_refused(tmp_path: Path) -> None:
+    data = hospital_file(tmp_path)
+    np.savez(tmp_path / "p.npz", public=[0, 1, 2], k_0=np.arange(3, 25), k_1=np.arange(25, 40))
+    clients = ClientsSettings(
+        count=2, partition="file", partition_path=str(tmp_path / "p.npz"), partition_key="k"
+    )
+    assert len(anchors(prepare(data, ProxySettings(labelled=3), clients, 7))) == 3
+    with pytest.raises(DataError, match=r"proxy\.labelled: expected at most 3, the number"):
+        prepare(data, ProxySettings(labelled=4), clients, 7)

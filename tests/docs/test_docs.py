@@ -26,14 +26,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from fedistill import catalog, config, errors, log
 from fedistill.cli import INTERRUPTED, app, main
+from fedistill.exchange import EXCHANGES
+from fedistill.presets import METHODS
 from fedistill.report.live import COLUMNS, head
-from fedistill.wire.messages import UPLOAD_FIELDS, Plan, RowSpec, Targets, unseal
+from fedistill.wire.envelope import unseal
+from fedistill.wire.messages import UPLOAD_FIELDS, Plan, RowSpec, Targets
+from fedistill.wire.table import Table
 
 REPO = Path(__file__).resolve().parents[2]
 DOCS = REPO / "docs"
@@ -224,14 +229,31 @@ def maker(monkeypatch):
     return module
 
 
-def test_the_settings_page_is_what_the_program_says(maker):
-    page = read(maker.PAGE)
-    assert page == maker.render(page), "run: python docs/make_settings.py"
+def test_the_generated_parts_are_what_the_program_says(maker):
+    for place in maker.PAGES:
+        page = read(place)
+        assert page == maker.render(page), f"{place.name}: run: python docs/make_settings.py"
 
 
-def test_every_generated_part_stands_on_the_settings_page(maker):
-    page = read(maker.PAGE)
-    assert {found[1] for found in maker.PART.findall(page)} == set(maker.parts())
+def test_every_generated_part_stands_on_one_page(maker):
+    found = [part[1] for page in DOCS.glob("*.md") for part in maker.PART.findall(read(page))]
+    assert sorted(found) == sorted(maker.parts())
+
+
+def test_every_field_of_a_method_is_shown_or_told_apart(maker):
+    told = {"name", "summary", "paper", "formula", "deviations", "options", "client", "student"}
+    assert {item.name for item in dataclasses.fields(maker.Method)} == told | set(maker.SEAMS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_preset_has_its_section(name):
+    text = part("methods.md", f"\n### {name}")
+    method = METHODS[name]
+    assert " ".join(method.formula.split()) in " ".join(text.split())
+    assert method.paper in text
+    assert len(re.findall(r"^- ", text, flags=re.MULTILINE)) == len(
+        method.deviations.split("; ") if method.deviations else []
+    )
 
 
 def test_every_key_is_documented_under_its_section(maker):
@@ -279,8 +301,9 @@ def test_the_upload_has_the_documented_fields_and_no_other():
 
 def test_the_plan_has_the_documented_fields_and_no_other():
     rows = RowSpec(1, 1, 1, 2)
-    targets = Targets(spec=rows, codec="u8", classes=2, payload=b"")
-    plan = Plan(run="r", round=2, ask=rows, proxy="p", classes="c", targets=targets)
+    targets = Targets(round=1, spec=rows, codec="u8", classes=2, payload=b"")
+    table = Table(np.zeros((2, 2)))
+    plan = Plan(run="r", round=2, ask=rows, proxy="p", classes="c", targets=targets, table=table)
     header, _ = unseal(plan.to_bytes(), 1 << 20)
     assert sorted(table_under("### Plan")) == sorted(header)
     text = read("round.md")
@@ -293,6 +316,25 @@ def test_every_reason_code_is_documented_and_no_other():
     codes = set(re.findall(r'Rejected\(\s*"(\w+)"', sources))
     at_the_door, over_a_network = table_under("## At the door"), table_under("### Over a network")
     assert sorted(set(at_the_door) | (set(over_a_network) & codes)) == sorted(codes)
+
+
+def test_every_code_of_a_simulated_loss_is_documented():
+    source = (REPO / "fedistill" / "backends" / "unreliable.py").read_text()
+    codes = set(re.findall(r'Failure\([^"\n]+"(\w+)"', source))
+    assert codes
+    assert codes <= set(re.findall(r"`(\w+)`", part("round.md", "### Late uploads")))
+
+
+def test_every_kind_of_exchange_is_documented():
+    for page in ("methods.md", "privacy-today.md"):
+        for name, method in METHODS.items():
+            if method.exchange in EXCHANGES:
+                assert f"`{name}`" in read(page), f"{page}: {name}"
+
+
+def test_the_measured_table_of_bad_clients_has_its_place():
+    assert read("bad-clients.md").count("<!-- bad clients -->") == 1
+    assert read("bad-clients.md").count("<!-- end bad clients -->") == 1
 
 
 def test_every_code_in_place_of_an_upload_is_documented_and_no_other():
@@ -314,6 +356,8 @@ def test_every_flag_is_documented_and_no_other():
     places = ("aggregate/vigilance.py", "federation.py")
     source = "\n".join((REPO / "fedistill" / place).read_text() for place in places)
     flags = set(re.findall(r'\[\]\)\.append\("(\w+)"\)', source))
+    tables = (REPO / "fedistill" / "tables.py").read_text()
+    flags |= set(re.findall(r'flags=\{name: \["(\w+)"\]', tables))
     assert sorted(table_under("## What is flagged")) == sorted(flags)
 
 

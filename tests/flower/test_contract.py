@@ -16,12 +16,14 @@ from flwr.clientapp import ClientApp
 
 from fedistill import config, experiment
 from fedistill.assembly import assemble, method_of
+from fedistill.backends.serial import Serial
 from fedistill.client import Client, Member, Site
 from fedistill.federation import Federation
-from fedistill.flower import client_app, convert, jobs, outcome, server_app, simulated
+from fedistill.flower import backend, client_app, convert, jobs, outcome, server_app, simulated
 from fedistill.flower.roster import by_asking
+from fedistill.wire.messages import Failure, Plan
 
-from .grid import InProcessGrid, over
+from .grid import DROP, FIRST, LOST, Clock, InProcessGrid, over
 
 ROUNDS = 3
 SETTINGS = config.parse("""
@@ -201,6 +203,66 @@ def test_a_simulation_on_flower_gives_every_figure_of_the_serial_backend(
     for summary in summaries:
         del summary["name"], summary["seconds"]
     assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("name", ["scarlet", "cfd", "selective-fd", "comet", "fedmd", "fd"])
+def test_whatever_a_method_exchanges_comes_over_flower_as_it_is(name: str, tmp_path: Path) -> None:
+    """Deltas, held and declined rows, several targets a row, logits, tables."""
+    method = config.MethodSettings(preset=name)
+    told = experiment.run(dataclasses.replace(SETTINGS, method=method), out=tmp_path / "serial")
+    assert simulation(tmp_path, method=method) == (0, "")
+    assert digest(tmp_path / "run") == told["soft_targets_sha256"]
+    lines = read_lines(tmp_path / "run" / "rounds.jsonl")
+    assert lines == read_lines(tmp_path / "serial" / "rounds.jsonl")
+    assert all(row["clients_ok"] == 3 and not row["dropped"] for row in lines)
+
+
+@pytest.mark.parametrize("fate", [DROP, LOST])
+@pytest.mark.parametrize("name", ["scarlet", "cfd", "fedmd"])
+def test_a_site_that_misses_two_rounds_comes_back_to_the_same_bytes(
+    rows: Any, tmp_path: Path, name: str, fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it never got the plan or nobody got its answer: it is told again what it lacks."""
+    away = ("2", "3")
+    people = dataclasses.replace(SETTINGS.clients, quorum=2)
+    chosen = config.MethodSettings(preset=name, cache_rounds=3 if name == "scarlet" else None)
+    settings = dataclasses.replace(SETTINGS, clients=people, method=chosen)
+
+    class Absent(Serial):
+        def run(self, plan: Plan) -> Any:
+            there = [n for n in plan.clients if n != "site-2" or str(plan.round) not in away]
+            heard = dataclasses.replace(plan, clients=tuple(there))
+            for reply in super().run(heard if fate == DROP else plan):
+                if reply.client in there:
+                    yield reply
+            for name in sorted({*plan.clients} - {*there}):
+                yield Failure(name, plan.round, "away")
+
+    alone = assemble(settings, rows, method_of(settings))
+    expected = list(alone.run(6, rows.dataset.test, backend=Absent))
+
+    def open_site(node: Any, run: Any) -> Site:
+        fed = assemble(settings, rows, method_of(settings))
+        site = fed.site(next(one for one in fed.clients if one.id == node["site-id"]))
+        site.keep_runs_in(tmp_path / str(node["site-id"]))
+        return site
+
+    grid = grid_of(client_app(open_site))
+    grid.fate = lambda node, group, n: fate if node == FIRST + 2 and group in away else "deliver"
+    real = dataclasses.replace(
+        settings,
+        clients=dataclasses.replace(people, group=()),
+        deployment=dataclasses.replace(settings.deployment, sites=NAMES),
+    )
+    fed = assemble(real, dataclasses.replace(rows, parts={}), method_of(settings))
+    monkeypatch.setattr(backend, "time", Clock(grid))
+    done = list(fed.run(6, rows.dataset.test, backend=over(grid, NAMES, grace=20.0)))
+    assert [row["clients_ok"] for row in done] == [3, 2, 2, 3, 3, 3]
+    assert [row["clients_ok"] for row in expected] == [3, 2, 2, 3, 3, 3]
+    assert fed.server.digest() == alone.server.digest()
+    assert [row["student_accuracy"] for row in done] == [
+        row["student_accuracy"] for row in expected
+    ]
 
 
 def test_a_simulation_on_flower_resumes_as_another_run_of_flowers(

@@ -31,7 +31,15 @@ ALL = SOFTMAX | HIDDEN
 DIVERGENCES = [name for name in ALL if name not in {"kd", "ranking_order"}]
 PER_ROW = [name for name in ALL if not name.startswith("relational")]
 LEADING = [*SOFTMAX, "cosine"]
-TESTED_ELSEWHERE = {"kl_divergence", "logit_mae", "own_or_proxy", "soft_cross_entropy", "soften"}
+TESTED_ELSEWHERE = {
+    "kernel_loss",
+    "kl_divergence",
+    "logit_mae",
+    "own_or_proxy",
+    "prototype_loss",
+    "soft_cross_entropy",
+    "soften",
+}
 
 
 def labels_of(rows):

@@ -50,6 +50,18 @@ def through_u8(probs):
     return (back / back.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def through_simplex6(probs):
+    """What is left of probabilities that travel as 63 units a row, dealt by largest remainder."""
+    back = np.empty(probs.shape)
+    for row, shares in enumerate(probs / probs.sum(axis=1, keepdims=True)):
+        units = np.floor(shares * 63).astype(int)
+        remainders = shares * 63 - units
+        for c in np.argsort(-remainders, kind="stable")[: 63 - units.sum()]:
+            units[c] += 1
+        back[row] = np.maximum(units / 63, 1e-4)
+    return (back / back.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def through_float32(probs):
     return probs.astype(np.float32)
 

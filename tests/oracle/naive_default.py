@@ -13,7 +13,7 @@ from oracle.naive import (
     shuffled_batches,
     softmax64,
     tensor,
-    through_u8,
+    through_simplex6,
 )
 from torch import nn
 from torch.nn import functional as F
@@ -201,13 +201,13 @@ def default_round(
                 teacher, rows, lesson, proxy, classes, recipe, derive(seed, name, number, "train")
             )
             logits, score = teacher.averaged.predict(teacher.forward, proxy[asked])
-            said.append(through_u8(softmax64(logits.numpy())).astype(np.float64))
+            said.append(through_simplex6(softmax64(logits.numpy())).astype(np.float64))
             byte = np.round((score.numpy().clip(-8, 8) + 8) * 255 / 16)
             ratio = np.exp(byte * 16 / 255 - 8)
             size = 2 ** round(math.log2(len(rows.labels)))
             evidence.append(size * ratio / ratio.mean() + prior_rows)
         share = np.array(evidence) / np.sum(evidence, axis=0)
-        targets = through_u8(sum(w[:, None] * p for w, p in zip(share, said, strict=True)))
+        targets = through_simplex6(sum(w[:, None] * p for w, p in zip(share, said, strict=True)))
         table[asked], made[asked] = targets, number
         taught = np.flatnonzero(made)
         lesson = taught, table[taught], memory ** (number - made[taught]).astype(np.float64)

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from fedistill.errors import Rejected
 from fedistill.wire import codec
+from fedistill.wire.delta import delta_encode, quantise
+from fedistill.wire.envelope import VERSION, pack_mask, unseal
 from fedistill.wire.messages import (
     UPLOAD_FIELDS,
     Plan,
@@ -23,8 +25,9 @@ from fedistill.wire.messages import (
     Upload,
     bucket,
     seen_mask,
-    unseal,
 )
+from fedistill.wire.shelf import Shelf, mark
+from fedistill.wire.table import MOST_VALUES, Table
 
 PROBS = builders.probabilities(6, 1)
 SPEC = RowSpec(3, 2, 6, 40)
@@ -35,11 +38,12 @@ PLAN = Plan(
     proxy="p" * 64,
     classes="c" * 64,
     targets=Targets(
+        round=2,
         spec=SPEC,
         codec="u8",
         classes=3,
-        missing=(1, 4),
-        payload=codec.pack(codec.CODECS["u8"].encode(PROBS[:4])),
+        missing=pack_mask(np.array([0, 1, 0, 0, 1, 0], dtype=bool)),
+        payload=builders.plain(PROBS[:4], "u8"),
     ),
     clients=("a", "b"),
 )
@@ -55,7 +59,8 @@ UPLOAD = Upload(
     size=32,
     epsilon=0.5,
     ledger="ab",
-    payload=codec.pack(codec.CODECS["u8"].encode(PROBS) + codec.encode_familiarity(np.zeros(6))),
+    payload=builders.plain(PROBS, "u8"),
+    ratios=codec.pack(codec.encode_familiarity(np.zeros(6))),
 )
 JSON = st.recursive(
     st.none()
@@ -88,11 +93,32 @@ def test_a_plan_reads_back_equal_and_does_not_say_who_else_is_asked() -> None:
     assert PLAN.to_bytes() == dataclasses.replace(PLAN, clients=()).to_bytes()
 
 
-def test_plans_without_targets_and_with_weights_read_back_equal() -> None:
+def test_plans_without_targets_and_with_a_table_read_back_equal() -> None:
     bare = dataclasses.replace(PLAN, targets=None)
     assert Plan.from_bytes(bare.to_bytes()) == bare
-    heavy = dataclasses.replace(bare, weights=b"\x00\x01" * 50)
-    assert Plan.from_bytes(heavy.to_bytes()) == heavy
+    values = np.arange(12, dtype=np.float32).reshape(4, 3)
+    values[2] = np.nan
+    for plan in (bare, PLAN):
+        heavy = dataclasses.replace(plan, table=Table(values))
+        told = Plan.from_bytes(heavy.to_bytes())
+        assert told.table is not None
+        np.testing.assert_array_equal(told.table.values, values)
+        assert dataclasses.replace(told, table=None) == plan
+        assert told.to_bytes() == heavy.to_bytes()
+
+
+def test_rows_that_are_fresh_enough_are_not_asked() -> None:
+    skip = np.array([1, 0, 0, 1, 0, 0], dtype=bool)
+    plan = dataclasses.replace(PLAN, skip=pack_mask(skip), heard=2)
+    assert Plan.from_bytes(plan.to_bytes()) == plan
+    assert plan.rows().tolist() == plan.ask.rows()[~skip].tolist()
+    assert (plan.count(), PLAN.count()) == (4, 6)
+
+
+def test_each_client_may_be_told_something_of_its_own() -> None:
+    plan = dataclasses.replace(PLAN, own={"a": {"heard": 2, "targets": None}})
+    assert Plan.from_bytes(plan.message("a")) == dataclasses.replace(PLAN, heard=2, targets=None)
+    assert plan.message("b") == PLAN.to_bytes()
 
 
 @given(
@@ -102,6 +128,8 @@ def test_plans_without_targets_and_with_weights_read_back_equal() -> None:
     epsilon=st.none() | st.floats(allow_nan=False, allow_infinity=False),
     shape=st.tuples(st.integers(0, 10**12), st.integers(0, 10**12)),
     payload=st.binary(max_size=99),
+    declined=st.binary(max_size=9),
+    ratios=st.binary(max_size=9),
 )
 @settings(deadline=None)
 def test_any_upload_that_can_be_said_is_heard_alike(**fields: Any) -> None:
@@ -171,7 +199,7 @@ def test_a_plan_is_no_upload_and_an_upload_no_plan() -> None:
 
 def test_another_version_is_refused_by_its_name() -> None:
     body = bytearray(UPLOAD.to_bytes())
-    body[4] = 2
+    body[4] = VERSION + 1
     with pytest.raises(Rejected, match="version"):
         Upload.from_bytes(bytes(body))
 
@@ -218,11 +246,15 @@ def test_arbitrary_bytes_are_refused_and_nothing_else(data: bytes) -> None:
 @example({"shape": [1e12, 10]})
 @example({"shape": [True, True]})
 @example({"seen": "f" * 300})
+@example({"parts": [1, 2]})
+@example({"parts": [-1, 1, 0]})
+@example({"parts": [True, 0, 0]})
 @settings(deadline=None, max_examples=300)
 def test_an_upload_with_arbitrary_fields_is_read_or_refused(changes: dict[str, Any]) -> None:
-    header = unseal(UPLOAD.to_bytes(), LIMIT)[0] | changes
+    header, payload = unseal(UPLOAD.to_bytes(), LIMIT)
+    header |= changes
     try:
-        upload = Upload.from_bytes(sealed_text(json.dumps(header).encode(), UPLOAD.payload))
+        upload = Upload.from_bytes(sealed_text(json.dumps(header).encode(), payload))
     except Rejected:
         return
     assert set(header) == set(UPLOAD_FIELDS)
@@ -231,15 +263,22 @@ def test_an_upload_with_arbitrary_fields_is_read_or_refused(changes: dict[str, A
 
 @given(
     st.dictionaries(st.sampled_from([*unseal(PLAN.to_bytes(), LIMIT)[0], "extra"]), JSON),
-    st.dictionaries(st.sampled_from(["spec", "codec", "classes", "missing", "x"]), JSON),
+    st.dictionaries(st.sampled_from([*PLAN.targets.header(), "x"]), JSON),
     st.dictionaries(st.sampled_from(["seed", "round", "count", "total", "x"]), JSON),
 )
 @example({"targets": 1}, {}, {})
 @example({"ask": {}}, {}, {})
 @example({"targets": None}, {}, {})
 @example({}, {"codec": "zip"}, {})
-@example({}, {"missing": [99]}, {})
 @example({}, {"classes": -1}, {})
+@example({}, {"classes": 0}, {})
+@example({}, {"choices": 0}, {})
+@example({}, {"choices": 10**9}, {})
+@example({}, {"mark": "0" * 16}, {})
+@example({}, {"round": 3}, {})
+@example({}, {"round": 0}, {})
+@example({"parts": [0, 0, 0, 0]}, {}, {})
+@example({"heard": 3}, {}, {})
 @example({}, {}, {"count": 50})
 @example({}, {}, {"count": -1})
 @example({}, {}, {"total": 0})
@@ -265,6 +304,161 @@ def test_a_plan_with_arbitrary_fields_is_usable_or_refused(
         pass
 
 
+@given(
+    st.binary(max_size=3),
+    st.binary(max_size=3),
+    st.binary(max_size=3),
+    st.binary(max_size=3),
+    st.binary(max_size=40),
+)
+@example(b"", b"", b"", b"\xff", b"")
+@example(b"", b"", b"\xfc", b"\xfc", b"")
+@example(b"", b"\xfc", b"", b"", b"")
+@example(b"", b"", b"\xf0", b"", b"")
+@settings(deadline=None, max_examples=300)
+def test_a_plan_with_arbitrary_masks_and_payload_is_usable_or_refused(
+    skip: bytes, missing: bytes, held: bytes, based: bytes, payload: bytes
+) -> None:
+    assert PLAN.targets is not None
+    told = {"missing": missing, "held": held, "based": based, "payload": payload}
+    targets = dataclasses.replace(PLAN.targets, **told)
+    message = dataclasses.replace(PLAN, skip=skip, targets=targets).to_bytes()
+    for shelf in (None, Shelf("u8", 40, 3)):
+        try:
+            plan = Plan.from_bytes(message)
+            assert plan.targets is not None
+            assert len(plan.rows()) == plan.count()
+            assert len(plan.targets.rows()) == len(plan.targets.probs(shelf))
+        except Rejected:
+            pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"heard": 3}, "stale_round"),
+        ({"heard": -1}, "stale_round"),
+        ({"round": 0}, "stale_round"),
+        ({"round": 2}, "stale_round"),
+        ({"parts": [1]}, "format"),
+        ({"parts": None}, "format"),
+        ({"ask": {"seed": 3, "round": 4, "count": 6, "total": 40}}, "stale_round"),
+        ({"ask": {"seed": 3, "round": 3, "count": 41, "total": 40}}, "shape"),
+        ({"table": [1, 3]}, "format"),
+    ],
+)
+def test_a_plan_of_impossible_rounds_or_sizes_is_refused_for_that(
+    changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(Rejected) as caught:
+        Plan.from_bytes(reseal(PLAN.to_bytes(), **changes))
+    assert caught.value.reason == reason
+
+
+def test_a_mask_of_other_rows_is_refused() -> None:
+    assert PLAN.targets is not None
+    for mask in (b"\0\0", b"\1"):  # too long; a bit beyond the six rows
+        with pytest.raises(Rejected, match="shape"):
+            Plan.from_bytes(dataclasses.replace(PLAN, skip=mask).to_bytes())
+        for name in ("missing", "held", "based"):
+            targets = dataclasses.replace(PLAN.targets, **{name: mask})
+            with pytest.raises(Rejected, match="shape"):
+                Plan.from_bytes(dataclasses.replace(PLAN, targets=targets).to_bytes())
+
+
+# --- what the receiver holds ---------------------------------------------------------------------
+
+
+def on_shelf(codes: Any, rows: Any) -> Shelf:
+    shelf = Shelf("u8", 40, 3)
+    shelf.put(rows, codes, 1)
+    return shelf
+
+
+def test_of_six_targets_two_are_held_one_is_told_as_a_change_and_three_are_told() -> None:
+    rows, codes = SPEC.rows(), quantise("u8", PROBS)
+    before = codes.copy()
+    before[2] = [9, 9, 9]
+    shelf = on_shelf(before[:3], rows[:3])
+    held, based = np.arange(6) < 2, np.arange(6) == 2
+    reference = np.concatenate([before[2:3], np.zeros_like(codes[3:])])
+    told = Targets(
+        round=2,
+        spec=SPEC,
+        codec="u8",
+        classes=3,
+        mark=mark(rows, codes),
+        held=pack_mask(held),
+        based=pack_mask(based),
+        payload=delta_encode("u8", codes[2:], reference),
+    )
+    found, read = told.read(shelf)
+    np.testing.assert_array_equal(found, rows)
+    np.testing.assert_array_equal(read, codes)
+    np.testing.assert_array_equal(shelf.codes[rows[2]], [9, 9, 9])  # read, not written
+    np.testing.assert_allclose(told.probs(shelf), PROBS, atol=0.02)
+    for other in (None, Shelf("u8", 40, 3), on_shelf(before[:3] + 1, rows[:3])):
+        with pytest.raises(Rejected, match="reference"):
+            told.read(other)
+
+
+def test_a_row_that_is_held_and_told_at_once_is_refused() -> None:
+    mask = pack_mask(np.ones(6, dtype=bool))
+    assert PLAN.targets is not None
+    both = dataclasses.replace(PLAN.targets, missing=b"", held=mask, based=mask)
+    with pytest.raises(Rejected, match="shape"):
+        both.read(Shelf("u8", 40, 3))
+
+
+def test_several_targets_a_row_read_back_and_are_told_whole() -> None:
+    several = builders.probabilities(12, 4)
+    told = Targets(
+        round=2, spec=SPEC, codec="float32", classes=3, choices=2, payload=builders.plain(several)
+    )
+    probs = told.probs()
+    assert probs.shape == (6, 2, 3)
+    np.testing.assert_array_equal(probs.reshape(12, 3), several.astype(np.float32))
+    held = dataclasses.replace(told, held=pack_mask(np.arange(6) == 0))
+    with pytest.raises(Rejected, match="shape"):
+        held.read(Shelf("float32", 40, 3))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+TABLE = dataclasses.replace(PLAN, targets=None, table=Table(np.zeros((4, 3), dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [None, [], [4], [4, 3, 1], [4, -3], [4.0, 3], [True, 12], [4, 4], [12, 2], [5, 3], ["4", 3]],
+    ids=str,
+)
+def test_a_table_of_another_shape_than_it_says_is_refused(shape: Any) -> None:
+    with pytest.raises(Rejected) as caught:
+        Plan.from_bytes(reseal(TABLE.to_bytes(), table=shape))
+    assert caught.value.reason == "shape"
+
+
+def test_a_table_unfolds_to_no_more_than_is_allowed() -> None:
+    rows = 1 << 20
+    wide = MOST_VALUES // rows + 1
+    absent = np.packbits(np.ones(rows, dtype=np.uint8)).tobytes()
+    with pytest.raises(Rejected, match="shape"):
+        Table.read([rows, wide], [absent, b""])
+    with pytest.raises(Rejected, match="shape"):
+        Table.read([1 << 40, 0], [b"", b""])
+
+
+def test_a_table_with_infinity_is_refused() -> None:
+    for bad in (np.inf, -np.inf):
+        values = np.zeros((4, 3), dtype=np.float32)
+        values[1, 2] = bad
+        with pytest.raises(Rejected, match="nonfinite"):
+            Table.read([4, 3], Table(values).parts())
+    with pytest.raises(Rejected, match="nonfinite"):
+        Table.read([1, 1], [b"", np.array([np.nan], "<f4").tobytes()])
+
+
 # --- the whitelist (invariant 1) -----------------------------------------------------------------
 
 
@@ -285,6 +479,7 @@ def test_the_whitelist_is_what_the_design_says() -> None:
         "size",
         "epsilon",
         "ledger",
+        "parts",
     }
     header = unseal(UPLOAD.to_bytes(), LIMIT)[0]
     assert set(header) == set(UPLOAD_FIELDS)

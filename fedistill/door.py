@@ -1,0 +1,110 @@
+"""The door: each upload is judged alone, so that a bad one costs nobody but its sender a round.
+
+Every check refuses with a short fixed reason code; what is let in is an :class:`Answer`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedistill.errors import Rejected
+from fedistill.types import FloatArray, IntArray, Probs
+from fedistill.wire.grid import Codes
+from fedistill.wire.messages import Plan, Upload
+
+LARGEST_SIZE = 1 << 40
+"""A claimed number of rows beyond this is absurd and refused; below, it is clamped."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An upload that passed the door: its predictions, decoded.
+
+    Attributes:
+        upload: as it came.
+        rows: ``[answered]`` proxy row numbers.
+        probs: ``[answered, classes]``; of another exchange, its table.
+        familiarity: ``[answered]``, where it is shared.
+        codes: ``[answered, columns]`` as they travelled.
+        age: rounds that it came late.
+    """
+
+    upload: Upload
+    rows: IntArray
+    probs: Probs
+    familiarity: FloatArray | None = None
+    codes: Codes | None = None
+    age: int = 0
+
+    def on(self, asked: IntArray) -> tuple[IntArray, IntArray]:
+        """Where rows that it answers stand among those asked, and where among its own."""
+        _, there, here = np.intersect1d(asked, self.rows, assume_unique=True, return_indices=True)
+        return there, here
+
+
+def check_sender(
+    upload: Upload, sender: str, asked: Collection[str], enrolled: Collection[str], run: str
+) -> None:
+    """Whether it is from whom it says, and from somebody who was asked."""
+    if upload.client not in enrolled:
+        raise Rejected("unknown_client", "nobody of that id is enrolled")
+    if upload.client != sender:
+        raise Rejected("conflict", "the id belongs to another client")
+    if upload.client not in asked:
+        raise Rejected("not_sampled", "this client was not asked")
+    if upload.run != run:
+        raise Rejected("run", "an upload of another run")
+
+
+def check_terms(upload: Upload, plan: Plan, *, shares: str, codec: str, familiarity: bool) -> None:
+    """What both sides must mean alike before a number can be compared."""
+    if upload.proxy != plan.proxy:
+        raise Rejected("proxy_version", "predictions on other proxy rows")
+    if upload.classes != plan.classes:
+        raise Rejected("class_map", "other classes, or another order of them")
+    if upload.share not in {shares, "none"}:
+        raise Rejected("kind", f"this run exchanges {shares} only")
+    if upload.codec != codec:
+        raise Rejected("codec", f"expected {codec}")
+    if upload.temperature != 1.0:
+        raise Rejected("temperature", "expected predictions at temperature 1")
+    if upload.familiarity != familiarity:
+        raise Rejected("fields", "familiarity is expected by the rule, or is not")
+
+
+def check_shape(upload: Upload, expected: tuple[int, int], *, partial: bool) -> None:
+    """Whether it has the rows it should have; ``partial``: it may decline some."""
+    if upload.declined and not partial:
+        raise Rejected("shape", "every row that is asked must be answered")
+    if upload.shape != expected:
+        raise Rejected("shape", f"expected {expected}, found {upload.shape}")
+
+
+def check_claims(upload: Upload, classes: int) -> None:
+    """Claims about the client's own rows and privacy."""
+    teaches = upload.share != "none"
+    if not (int(teaches) <= upload.size <= LARGEST_SIZE) or (
+        upload.size & (upload.size - 1) and upload.size
+    ):
+        raise Rejected("size", "expected a power of two, or 0 without own rows")
+    if upload.epsilon is not None and not (math.isfinite(upload.epsilon) and upload.epsilon >= 0):
+        raise Rejected("epsilon", "expected a finite number of at least 0")
+    if not re.fullmatch("[0-9a-f]+", upload.seen):
+        raise Rejected("seen", "expected a bit mask in hexadecimal")
+    if int(upload.seen, 16) >= 1 << classes:
+        raise Rejected("seen", "the mask names classes that do not exist")
+
+
+def check_probs(probs: Probs) -> None:
+    """The predictions themselves: finite, and probabilities."""
+    if not np.isfinite(probs).all():
+        raise Rejected("nonfinite", "NaN or infinity among the predictions")
+    if probs.size and (
+        probs.min() < 0 or probs.max() > 1.01 or np.abs(probs.sum(axis=1) - 1).max() > 1e-2
+    ):
+        raise Rejected("not_probs", "rows must be non-negative and sum to 1")
