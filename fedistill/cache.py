@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fedistill.errors import Rejected
 from fedistill.types import IntArray, State
 from fedistill.wire.delta import PLAIN, delta_encode
-from fedistill.wire.envelope import Mask, pack_mask
+from fedistill.wire.envelope import Mask, pack_mask, unpack_mask
 from fedistill.wire.grid import Codes
 from fedistill.wire.rows import RowSpec
 from fedistill.wire.shelf import Shelf, mark
@@ -190,6 +190,26 @@ class Heard:
         for client in self.last:
             shelf = self.shelves[client] = Shelf(*self._shelf)
             shelf.load_state_dict({k: state[f"{client}.{k}"] for k in ("codes", "round")})
+
+
+def own_fields(
+    cache: TargetCache | None,
+    heard: Heard | None,
+    clients: Collection[str],
+    targets: Targets | None,
+) -> dict[str, dict[str, Any]]:
+    """By client the fields of a plan that are its own: what it lacks, and what was heard of it.
+
+    Without a cache there are none: all are told the same.
+    """
+    if cache is None or heard is None:
+        return {}
+    own: dict[str, dict[str, Any]] = {name: {"heard": heard.last.get(name, 0)} for name in clients}
+    if targets is not None:
+        missing = unpack_mask(targets.missing, targets.spec.count)
+        for name, told in cache.tell(clients, targets.spec, missing, targets.round).items():
+            own[name]["targets"] = told
+    return own
 
 
 class Said:

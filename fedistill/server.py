@@ -18,12 +18,13 @@ import numpy as np
 from fedistill.aggregate.methods import keep_clear
 from fedistill.aggregate.rules import combine, softmax
 from fedistill.aggregate.vigilance import Vigilance
-from fedistill.cache import Heard, TargetCache
+from fedistill.cache import Heard, TargetCache, own_fields
 from fedistill.distill.learner import Learner
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.door import Answer as Answer
 from fedistill.door import check_claims, check_probs, check_sender, check_shape, check_terms
 from fedistill.errors import FedistillError, QuorumError, Rejected, RunError
+from fedistill.late import Latecomers
 from fedistill.metrics import entropy
 from fedistill.panel import Panel
 from fedistill.presets import Method
@@ -39,14 +40,12 @@ from fedistill.types import (
 )
 from fedistill.wire import codec as codecs
 from fedistill.wire.delta import delta_encode, quantise, restore
-from fedistill.wire.envelope import Mask, count_bits, pack_mask, unpack_mask
+from fedistill.wire.envelope import Mask, count_bits, pack_mask
 from fedistill.wire.messages import Plan, RowSpec, Targets, Upload
 
 TARGET_PARTS = ("targets.missing", "targets.held", "targets.based", "targets.payload")
 COARSE = 1.0
 """Nats that a codec loses on a row when it sends little more than its class."""
-MOST_LATE = 3
-"""Rounds after which a late upload is of no use any more."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,9 @@ class Server:
         if method.cache:
             self.cache = TargetCache(method.down(), *size, method.cache_rounds)
             self.heard = Heard(method.codec, *size)
-        self.skipped: dict[int, bytes] = {}
-        self.let_in: dict[int, list[str]] = {}
+        self.latecomers = Latecomers(self._ask)
         self.vigilance = Vigilance()
         self._let_in: dict[str, Answer] = {}
-        self._late_in: list[tuple[int, str]] = []
 
     def _most_teachers(self) -> int:
         """Clients with rows of their own among those that one round asks, at the least."""
@@ -158,7 +155,7 @@ class Server:
             targets=self.targets,
             clients=clients,
             quorum=self.quorum,
-            own=self._own(clients),
+            own=own_fields(self.cache, self.heard, clients, self.targets),
         )
 
     def _ask(self, number: int) -> RowSpec:
@@ -172,20 +169,6 @@ class Server:
         if self.cache is None:
             return np.zeros(ask.count, dtype=bool)
         return self.cache.fresh(ask.rows(), number)
-
-    def _own(self, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """With a cache, each client is told what it lacks, and what was heard of it last."""
-        if self.cache is None or self.heard is None:
-            return {}
-        own: dict[str, dict[str, Any]] = {
-            name: {"heard": self.heard.last.get(name, 0)} for name in clients
-        }
-        if self.targets is not None:
-            missing = unpack_mask(self.targets.missing, self.targets.spec.count)
-            told = self.cache.tell(clients, self.targets.spec, missing, self.targets.round)
-            for name, targets in told.items():
-                own[name]["targets"] = targets
-        return own
 
     def _participants(self, number: int, attempt: int) -> tuple[str, ...]:
         """A share of all, drawn from those who still answer; the silent are asked now and then."""
@@ -209,13 +192,13 @@ class Server:
             Rejected: with a short fixed reason code.
         """
         upload = Upload.from_bytes(data, self.limit)
-        late = self._late(upload, plan)
+        late = self.latecomers.age(upload.round, plan)
         asked = plan.clients if not late else self.enrolled
         check_sender(upload, sender, asked, self.enrolled, plan.run)
         if upload.round != plan.round and not late:
             raise Rejected("stale_round", f"round {upload.round}, expected {plan.round}")
         known = f"{sender} {upload.round}" if late else sender
-        if known in seen or (late and sender in self.let_in[upload.round]):
+        if known in seen or self._heard_before(upload, late):
             raise Rejected("duplicate", "this client has answered already; the first answer counts")
         check_terms(
             upload,
@@ -224,30 +207,29 @@ class Server:
             codec=self.method.codec,
             familiarity=self.method.tells_familiarity(),
         )
-        answer = self._open(upload, self._rows_of_round(upload.round, plan), late)
+        answer = self._open(upload, self._asked(upload, plan, late), late)
         check_claims(upload, len(self.classes))
         if late and not len(answer.on(plan.rows())[0]):
             raise Rejected("stale_round", "none of its rows is asked in this round")
-        if late:
-            self.vigilance.note(sender, answered=True)
-            self._late_in.append((upload.round, sender))
-        else:
-            self._let_in[sender] = answer
+        self._note(answer)
         seen.add(known)
         return answer
 
-    def _late(self, upload: Upload, plan: Plan) -> int:
-        """Rounds that an upload is late, if the method has a use for late ones."""
-        age = plan.round - upload.round
-        return age if self.method.late and upload.round in self.skipped and age > 0 else 0
+    def _heard_before(self, upload: Upload, late: int) -> bool:
+        return bool(late) and self.latecomers.heard(upload.round, upload.client)
 
-    def _rows_of_round(self, number: int, plan: Plan) -> IntArray:
-        """What was asked in this round, or in one before."""
-        if number == plan.round:
-            return plan.rows()
-        ask = self._ask(number)
-        rows: IntArray = ask.rows()[~unpack_mask(self.skipped[number], ask.count)]
-        return rows
+    def _asked(self, upload: Upload, plan: Plan, late: int) -> IntArray:
+        """The rows that an upload answers: this round's, or those of the round it is of."""
+        return self.latecomers.rows(upload.round) if late else plan.rows()
+
+    def _note(self, answer: Answer) -> None:
+        """Remember who was let in."""
+        name = answer.upload.client
+        if answer.age:
+            self.latecomers.note(answer.upload.round, name)
+            self.vigilance.note(name, answered=True)
+        else:
+            self._let_in[name] = answer
 
     def _open(self, upload: Upload, asked: IntArray, late: int) -> Answer:
         """Decode an upload, and judge its values."""
@@ -386,14 +368,8 @@ class Server:
         """The round is done: remember it, and who answered."""
         self.round = plan.round
         self.vigilance.note_all(plan.clients, answered)
-        if self.method.late:
-            self.skipped[plan.round] = plan.skip
-            self.let_in[plan.round] = sorted(self._let_in)
-            for number, name in self._late_in:
-                self.let_in[number].append(name)
-            self._late_in.clear()
-            for old in (self.skipped, self.let_in):
-                old.pop(plan.round - MOST_LATE, None)
+        if self.method.late:  # else none are of use, and every round is new to it
+            self.latecomers.close(plan, self._let_in)
         if self.cache is not None:
             self.cache.settle(plan.clients, answered)
         for name, answer in self._let_in.items():
@@ -446,13 +422,11 @@ class Server:
         facts: dict[str, Any] = {"run": self.run, "round": self.round}
         facts["vigilance"] = self.vigilance.state_dict()
         facts["enrolled"] = self.enrolled
-        facts["skipped"] = {str(number): mask.hex() for number, mask in self.skipped.items()}
-        facts["let_in"] = {str(number): names for number, names in self.let_in.items()}
         for name, part in self._held().items():
             arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
             facts[name] = part.facts()
-        for name, rule in self._remembering().items():
-            facts[name] = rule.state_dict()
+        for name, memory in self._remembering().items():
+            facts[name] = memory.state_dict()
         if self.targets is not None:
             parts = zip(TARGET_PARTS, self.targets.parts(), strict=True)
             arrays |= {name: np.frombuffer(part, dtype=np.uint8) for name, part in parts}
@@ -465,9 +439,9 @@ class Server:
         return {"cache": self.cache, "heard": self.heard}
 
     def _remembering(self) -> dict[str, Any]:
-        """Rules that remember from round to round."""
-        rules = {"rule": self.rule, "student_rule": self.student_rule}
-        return {name: rule for name, rule in rules.items() if hasattr(rule, "load_state_dict")}
+        """What remembers plain values from round to round, rules among them."""
+        parts = {"rule": self.rule, "student_rule": self.student_rule, "late": self.latecomers}
+        return {name: part for name, part in parts.items() if hasattr(part, "load_state_dict")}
 
     def load_state_dict(self, arrays: State, facts: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
@@ -480,14 +454,12 @@ class Server:
             if isinstance(self.student, TorchStudent):
                 same_names(saved, self.student.state_dict(), "the student")
             self.student.load_state_dict(saved, self._no_rows())
-        self.skipped = {int(k): bytes.fromhex(v) for k, v in facts["skipped"].items()}
-        self.let_in = {int(k): list(names) for k, names in facts["let_in"].items()}
         for name, part in self._held().items():
             start = len(name) + 1
             kept = {key[start:]: v for key, v in arrays.items() if key.startswith(f"{name}.")}
             part.load_state_dict(kept, facts[name])
-        for name, rule in self._remembering().items():
-            rule.load_state_dict(facts[name])
+        for name, memory in self._remembering().items():
+            memory.load_state_dict(facts[name])
         if "targets" in facts:
             parts = [arrays[name].tobytes() for name in TARGET_PARTS]
             self.targets = Targets.read_header(facts["targets"], parts)

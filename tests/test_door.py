@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fedistill.door import Answer
 from fedistill.errors import QuorumError, Rejected
-from fedistill.server import MOST_LATE, Server
+from fedistill.late import MOST_LATE
+from fedistill.server import Server
 from fedistill.wire.delta import delta_encode, quantise
 from fedistill.wire.envelope import pack_mask
 from fedistill.wire.messages import Plan, Upload
