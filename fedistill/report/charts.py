@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from fedistill.report import words
 from fedistill.report.bars import Bar, bar_chart, step_chart
@@ -230,14 +231,19 @@ def fedavg_cumulative(run: Run) -> tuple[Point, ...]:
     each = run.figure("fedavg_bytes_per_client_round")
     if each is None:
         return ()
-    sums = accumulate(
-        each * (2 * (number(row.get("clients_ok")) or 0) + (number(row.get("clients_failed")) or 0))
-        for row in run.rounds
-    )
+    sums = accumulate(each * messages(row) for row in run.rounds)
     found = tuple(
         Point(float(row["round"]), total) for row, total in zip(run.rounds, sums, strict=True)
     )
     return found if found and found[-1].y else ()
+
+
+def messages(row: Mapping[str, Any]) -> float:
+    """Messages of a round: down to all asked, up from those who answered, in time or late."""
+    ok, failed, late = (
+        number(row.get(key)) or 0 for key in ("clients_ok", "clients_failed", "clients_late")
+    )
+    return 2 * ok + failed + late
 
 
 def attendance(run: Run) -> str:

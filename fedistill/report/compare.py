@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedistill.errors import RunError
-from fedistill.report import charts, headline, words
+from fedistill.report import charts, headline, shared, simulated, words
 from fedistill.report.charts import Figure
 from fedistill.report.folder import Point, Run, read_run
 from fedistill.report.page import fill, write
@@ -84,6 +84,9 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
     runs = tuple(read_run(path) for path in paths)
     lines = [
         _words("method", [run.method for run in runs]),
+        _words("shared", _exchanged(runs)),
+        _words("bad sites", _unless_none([simulated.attack(run) for run in runs])),
+        _words("losses", _unless_none([simulated.losses(run) for run in runs])),
         _words("split", [split(run) for run in runs]),
         _words("sites", [_sites(run) for run in runs]),
         _words("seed", [_seeds(run) for run in runs]),
@@ -329,6 +332,8 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
         ("number of sites", _sites),
         ("proxy rows", lambda run: run.text("proxy_sha256", 80)),
         ("seed", _seeds),
+        ("bad sites", lambda run: simulated.attack(run) or "none"),
+        ("lost and late sites", lambda run: simulated.losses(run) or "none"),
         ("data", lambda run: clean(run.setting("data", "source") or "")),
     ]
     differing = [
@@ -340,6 +345,17 @@ def _cautions(runs: Sequence[Run]) -> list[str]:
         f"The runs differ in more than the method: {', '.join(differing)}. "
         "A difference in accuracy may come from there."
     ]
+
+
+def _exchanged(runs: Sequence[Run]) -> list[str]:
+    """What the sites exchanged, where in one of the runs it was no predictions."""
+    names = [shared.exchange(run) for run in runs]
+    return names if {*names} - {"", shared.PREDICTIONS} else [""] * len(names)
+
+
+def _unless_none(texts: list[str]) -> list[str]:
+    """The texts, ``none`` where there is none; a line on which nobody has one is left out."""
+    return [text or "none" for text in texts] if any(texts) else texts
 
 
 def _sites(run: Run) -> str:

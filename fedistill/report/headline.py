@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedistill.report import words
+from fedistill.report import shared, simulated, words
 from fedistill.report.folder import Run
 from fedistill.report.words import number
-
-SHARE_OTHERWISE = {"local", "centralised", "fedavg", "fd", "fedproto", "fedhenn"}
-"""Methods of which it is not true that sites share predictions on proxy rows and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +56,22 @@ def sentence(run: Run) -> str:
 
 
 def lead(run: Run) -> str:
-    """Two or three sentences in plain words under the headline."""
+    """A few sentences in plain words under the headline."""
     method, summary = run.method, run.text("method_summary", 240).rstrip(".")
     said = [f"Method: {method}" + (f", {_lower(summary)}." if summary else ".")] if method else []
     rows, asked = run.figure("proxy_rows"), run.figure("proxy_per_round")
     if rows and shares_predictions(run):
         part = f", {asked:,.0f} of them in each round" if asked and asked < rows else ""
+        chosen = shared.method_of(run)
+        familiar = chosen is not None and chosen.tells_familiarity()
         said.append(
             f"The sites kept their own rows and shared only predictions on "
-            f"{rows:,.0f} proxy rows{part}."
+            f"{rows:,.0f} proxy rows{part}"
+            + (", with how familiar each row is to them." if familiar else ".")
         )
+    elif table := shared.what(run):
+        said.append(f"The sites kept their own rows, and exchanged tables: {table}.")
+    said += simulated.sentences(run)
     if run.repeats:
         said.append(
             f"Figures are means over {words.count(len(run.repeats), 'repeat')} with "
@@ -87,14 +90,17 @@ def tiles(run: Run) -> list[Tile]:
         context += f"; {words.percent(first.y)} after round {first.x:.0f}"
     auc = run.figure("student_auc")
     ratio = saving if saving is None or saving >= 1 else 1 / saving
+    student = Tile(
+        "Student",
+        words.percent(run.figure("student_accuracy")),
+        _spread(run, "student_accuracy")
+        + "correct on the test rows"
+        + (f"; AUC {auc:.3f}" if auc is not None else ""),
+    )
+    if not has_student(run):
+        student = Tile("Student", "none", "the server has no model")
     return [
-        Tile(
-            "Student",
-            words.percent(run.figure("student_accuracy")),
-            _spread(run, "student_accuracy")
-            + "correct on the test rows"
-            + (f"; AUC {auc:.3f}" if auc is not None else ""),
-        ),
+        student,
         Tile("Clients, mean", words.percent(mean), _spread(run, "client_accuracy_mean") + context),
         Tile(
             "Bytes against FedAvg",
@@ -116,9 +122,15 @@ def tiles(run: Run) -> list[Tile]:
     ]
 
 
+def has_student(run: Run) -> bool:
+    """Whether the server has a model: no, where clients were measured and a student never was."""
+    measured = run.figure("client_accuracy_mean") is not None
+    return run.figure("student_accuracy") is not None or not measured
+
+
 def shares_predictions(run: Run) -> bool:
-    """Whether predictions on proxy rows are all that the sites share."""
-    return bool(run.method) and run.method not in SHARE_OTHERWISE
+    """Whether predictions on proxy rows are what the sites share."""
+    return shared.exchange(run) == shared.PREDICTIONS
 
 
 def epsilon(run: Run) -> str:
@@ -158,17 +170,25 @@ def warnings(run: Run) -> list[str]:
         )
     elif status == "interrupted" or not run.summary:
         said.append("The run did not finish. The figures are those of the last finished round.")
+    if told := shared.tells(run):
+        said.append(f"The sites shared more than predictions. It tells {told}.")
     saved = savings(run)
     if saved.total is not None and saved.total < 1:
+        advice = "Fewer proxy rows, a smaller codec or fewer rows per round would change that."
         said.append(
-            f"This run sent {words.against_fedavg(saved.total)} for the same student. "
-            "Fewer proxy rows, a smaller codec or fewer rows per round would change that."
+            f"This run sent {words.against_fedavg(saved.total)} {for_student(run)}."
+            + (f" {advice}" if shares_predictions(run) else "")
         )
     else:
         for way, value in (("up", saved.up), ("down", saved.down)):
             if value is not None and value < 1:
                 said.append(f"On the way {way} this run sent {words.against_fedavg(value)}.")
     return said
+
+
+def for_student(run: Run) -> str:
+    """Whose weights FedAvg would send."""
+    return "for the same student" if has_student(run) else "for the student of the settings"
 
 
 def notes(run: Run) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedistill.report import charts, headline, participation, sites, words
+from fedistill.report import charts, headline, participation, shared, sites, words
 from fedistill.report.folder import Run, read_run
 from fedistill.report.page import fill, write
 from fedistill.report.words import clean
@@ -47,6 +47,8 @@ def view(run: Run) -> dict[str, Any]:
         "privacy": headline.privacy(run),
         "budget": charts.budget(run),
         "shares_predictions": headline.shares_predictions(run),
+        "beside": shared.beside(run),
+        "tells": shared.tells(run),
         "private": run.figure("epsilon_max") is not None,
         "notes": headline.notes(run),
         "settings": settings(run.config),
@@ -65,7 +67,7 @@ def traffic_sentences(run: Run, saved: headline.Savings) -> list[str]:
             versus = f", {words.against_fedavg(ratio)}" if ratio else ""
             said.append(f"{way}: {words.human_bytes(each)} per client and round{versus}.")
     if saved.total is not None:
-        said.append(f"Both ways: {words.against_fedavg(saved.total)} for the same student.")
+        said.append(f"Both ways: {words.against_fedavg(saved.total)} {headline.for_student(run)}.")
     if total := run.total("bytes_up", "bytes_down"):
         said.append(f"The whole run sent {words.human_bytes(total)}.")
     return said
@@ -99,6 +101,8 @@ def facts(run: Run) -> list[tuple[str, str]]:
         "proxy_sha256",
         "soft_targets_sha256",
     ][1 if run.repeats else 0 :]
+    if shared.exchange(run) not in {"", shared.PREDICTIONS}:
+        keys.remove("rule")  # tables are averaged: no rule has a part in it
     found = [
         (key.replace("_", " "), clean(value, 80))
         for key in keys

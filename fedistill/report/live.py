@@ -128,8 +128,11 @@ class RoundTable:
         self._last = row
         self._finished += 1
         self._sent += int((number(row.get("bytes_up")) or 0) + (number(row.get("bytes_down")) or 0))
-        ok, failed = (number(row.get(key)) or 0 for key in ("clients_ok", "clients_failed"))
-        self._messages += int(2 * ok + failed)  # FedAvg: down to all asked, up from those that did
+        ok, failed, late = (
+            number(row.get(key)) or 0 for key in ("clients_ok", "clients_failed", "clients_late")
+        )
+        # FedAvg: down to all asked, up from those that answered, in time or late.
+        self._messages += int(2 * ok + failed + late)
         self.fedavg_bytes = number(row.get("fedavg_bytes_per_client_round")) or self.fedavg_bytes
         if self._live is not None:
             self._live.update(Text(), refresh=False)

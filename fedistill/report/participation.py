@@ -10,10 +10,29 @@ from fedistill.report.folder import Run
 from fedistill.report.words import clean, count, number, ranges
 
 REASONS: Mapping[str, str] = {
+    # dropped
     "late": "came after the round had closed",
     "timeout": "did not answer in time",
-    "identical": "same predictions as another client",
-    "constant": "same prediction for every row",
+    "deadline": "answered after the deadline",
+    "offline": "was away",
+    "busy": "its last answer was still on its way",
+    "lost": "the message or its answer did not arrive",
+    "too_slow": "broke off a step that took too long",
+    "policy": "the site does not allow it",
+    "stale_round": "an answer to another round",
+    "duplicate": "answered already",
+    "reference": "both sides held different copies; the next message goes whole",
+    "nonfinite": "NaN or infinity",
+    "extreme": "values far too large",
+    "not_probs": "rows that do not sum to 1",
+    # flagged
+    "identical": "same predictions as another client: one weight in all",
+    "constant": "same prediction for every row: no weight, while enough others are left",
+    "echo": "repeats the last soft targets: no weight, while enough others are left",
+    "overconfident": "certain of every row: smoothed by 1%",
+    "width": "features of another width than most: it is left out and learns alone",
+    "clipped": "a few logits beyond 10,000, clipped at the site",
+    "inactive": "three rounds without an answer: asked every third round",
     "single-class": "one class for nearly every row",
 }
 """Plain words for the codes that need them; others are shown as they are."""
@@ -55,7 +74,7 @@ def incidents(run: Run) -> tuple[list[Incident], int]:
 
 
 def sentence(run: Run) -> str:
-    """How many uploads were used, of how many."""
+    """How many uploads were used, of how many, and how many more of rounds before."""
     used = int(run.total("clients_ok"))
     asked = used + int(run.total("clients_failed"))
     if not asked:
@@ -63,9 +82,11 @@ def sentence(run: Run) -> str:
     short = sum((number(row.get("clients_failed")) or 0) > 0 for row in run.rounds)
     if used == asked:
         return f"All {count(asked, 'upload')} were used."
+    late = int(run.total("clients_late"))
+    came = f" {count(late, 'more upload')} came late and counted less." if late else ""
     return (
-        f"{used:,} of {count(asked, 'upload')} were used; "
-        f"{short:,} of {count(len(run.rounds), 'round')} went on without a client."
+        f"{used:,} of {count(asked, 'upload')} were used in their round; "
+        f"{short:,} of {count(len(run.rounds), 'round')} went on without a client.{came}"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedistill.report import words
+from fedistill.report import simulated, words
 from fedistill.report.bars import sparkline
 from fedistill.report.folder import Run
 from fedistill.report.words import clean, number
@@ -92,6 +92,9 @@ def site_tables(run: Run) -> list[SiteTable]:
     sites = {str(key): site for key, site in table.items() if isinstance(site, Mapping)}
     if not sites:
         return []
+    for name in simulated.bad(run):
+        if name in sites:
+            sites[name] = {**sites[name], "bad": True}
     sparks = _sparks(run, list(sites))
     tables = [
         _table("Accuracy", "accuracy", sites, sparks, words.percent, 100, 1, "percentage points"),
@@ -230,5 +233,6 @@ def _about(site: Mapping[str, Any]) -> str:
         words.count(int(rows), "row") if rows is not None else "",
         clean(site.get("model") or "", 32),
         f"{seen:.0f} {'class' if seen == 1 else 'classes'}" if seen is not None else "",
+        "made bad: what its model can do, not what it says" if site.get("bad") is True else "",
     ]
     return " · ".join(part for part in parts if part)

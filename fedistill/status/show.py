@@ -75,6 +75,11 @@ def tiles(status: Status) -> list[dict[str, Any]]:
         ("last event", ago(status.idle), "as this page was made"),
     ]
     if isinstance(status, RunStatus):
+        last = status.recent[-1] if status.recent else {}
+        if status.accuracy is None and last.get("client_accuracy_mean") is not None:
+            # Methods that exchange tables have no student.
+            mean = words.percent(last["client_accuracy_mean"])
+            shown[1] = ("accuracy", mean, "clients' mean, last round")
         present = f"{status.answering}/{len(status.sites)}"
         shown.insert(1, ("sites", present, "answered when last asked"))
     else:

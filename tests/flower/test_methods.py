@@ -1,8 +1,8 @@
-"""Methods with a memory, over Flower: targets that are kept, deltas both ways, sites that miss rounds.
+"""Methods with a memory over Flower: targets that are kept, deltas both ways, sites that are away.
 
-Every site works from its own folder, as `deploy init` wrote it, and is opened anew for each message:
-what it remembers is what it has on disk. What must come of it is what the serial backend makes of
-the same rows with the same participation.
+Every site works from its own folder, as `deploy init` wrote it, and is opened anew for each
+message: what it remembers is what it has on disk. What must come of it is what the serial backend
+makes of the same rows with the same participation.
 """
 
 from __future__ import annotations
@@ -32,17 +32,32 @@ from fedistill.experiment import rows_of
 from fedistill.federation import Federation
 from fedistill.flower import backend as backend_module
 from fedistill.flower import client_app, convert
-from fedistill.flower.founding import SIMULATION, write_deployment
+from fedistill.flower.bundle import SIMULATION
+from fedistill.flower.founding import write_deployment
 from fedistill.wire.envelope import count_bits
 from fedistill.wire.messages import Failure, Plan
 
 from . import chaos
-from .grid import DROP, FALL, FIRST, LOST, Clock, Fates, InProcessGrid, fates, over
+from .grid import (
+    DELIVER,
+    DROP,
+    FALL,
+    FIRST,
+    LOST,
+    Clock,
+    Fate,
+    Fates,
+    InProcessGrid,
+    fates,
+    over,
+)
 
 SITES = ("north", "south", "west")
 MISSED = frozenset({3, 4})
 """Rounds that `west` misses; two of three are a quorum."""
 ROUNDS = 8
+FEWER = 6
+"""Rounds of tests in which all is over by then."""
 SETTINGS = """
 seed = 5
 rounds = 8
@@ -124,15 +139,15 @@ class Real:
 
     Args:
         folder: what `deploy init` wrote.
-        fate: what befalls messages.
+        fate: what befalls messages; None: nothing does.
     """
 
-    def __init__(self, folder: Path, fate: Fates = fates({})) -> None:
+    def __init__(self, folder: Path, fate: Fates | None = None) -> None:
         self.folder = folder
         with contextlib.chdir(folder / "coordinator"):
             self.fed = assembled(Path("federation.toml"))
         nodes = [{"site": str(folder / "sites" / name)} for name in SITES]
-        self.grid = Scale(client_app(), nodes, fate=fate)
+        self.grid = Scale(client_app(), nodes, fate=fate or fates({}))
         self.grid.weigh(self.compare)
         self.opened = {name: open_site(folder / "sites" / name).site for name in SITES}
         self.compared = 0
@@ -157,9 +172,11 @@ class Real:
 
     def site(self, name: str, number: int) -> Site:
         """A site as its disk has it."""
+        path = self.folder / "sites" / name / "state" / "runs" / self.fed.server.run / "state"
+        if not path.exists():
+            return open_site(self.folder / "sites" / name).site
         site = self.opened[name]
-        assert site.runs is not None
-        site.path = site.runs / self.fed.server.run / "state"
+        site.path = path
         site.restore(self.fed.server.run, number)
         return site
 
@@ -314,9 +331,8 @@ def test_a_site_that_misses_two_rounds_leaves_what_the_serial_backend_leaves(
     """And it comes back: the rounds after are those of all three again."""
     folder = founded(METHODS[name])
     plain, expected = alike(folder, lambda sites: Absent(sites, reason))
-    fate = {"offline": {}, "no plan": DROP, "no answer": LOST}[reason]
-    lost = {(2, str(number), n): fate for number in MISSED for n in range(1, 99) if fate}
-    real = Real(folder, fates(lost))
+    fate: Fate = {"offline": DELIVER, "no plan": DROP, "no answer": LOST}[reason]
+    real = Real(folder, fates({(2, str(k), n): fate for k in MISSED for n in range(1, 9)}))
     clock(real.grid)
     rows = list(real.rounds(away=MISSED if reason == "offline" else ()))
     assert real.fed.server.digest() == plain.server.digest()
@@ -334,8 +350,8 @@ def test_lost_answers_are_asked_for_again_and_come_as_they_were(name: str, found
     folder = founded(METHODS[name])
     told = {(k, "2", 1): LOST for k in range(3)} | {(1, "4", n): LOST for n in (1, 2, 3)}
     told |= {(2, "5", 1): FALL, (0, "6", 1): FALL}
-    real, (plain, expected) = Real(folder, fates(told)), alike(folder)
-    rows = list(real.rounds())
+    real, (plain, expected) = Real(folder, fates(told)), alike(folder, rounds=FEWER)
+    rows = list(real.rounds(FEWER))
     assert real.fed.server.digest() == plain.server.digest()
     assert figures(rows, "bytes_down") == figures(expected, "bytes_down")
     assert all(len(said) == 1 for said in real.grid.said.values())
@@ -370,10 +386,10 @@ def test_a_site_that_loses_its_state_is_told_everything_in_the_next_attempt(
     at once, with a plan that relies on nothing; where not, in the next round."""
     folder = founded(METHODS[name], quorum)
     fed = assembled(folder / SIMULATION)
-    wanted = list(fed.run(ROUNDS, backend=lambda sites: Forgetful(sites, fed, 5)))
+    wanted = list(fed.run(FEWER, backend=lambda sites: Forgetful(sites, fed, 5)))
     real = Real(folder)
     rows = []
-    for row in real.rounds():
+    for row in real.rounds(FEWER):
         rows.append(row)
         if row["round"] == 4:
             shutil.rmtree(folder / "sites" / "west" / "state")
@@ -388,9 +404,9 @@ def test_a_site_that_relies_on_nothing_learns_anew_and_misses_no_round(founded: 
     """Without a cache a plan stands for itself."""
     folder = founded(METHODS["fedmd"])
     fed = assembled(folder / SIMULATION)
-    list(fed.run(ROUNDS, backend=lambda sites: Forgetful(sites, fed, 5)))
+    list(fed.run(FEWER, backend=lambda sites: Forgetful(sites, fed, 5)))
     real = Real(folder)
-    for row in real.rounds():
+    for row in real.rounds(FEWER):
         assert row["dropped"] == {}
         if row["round"] == 4:
             shutil.rmtree(folder / "sites" / "west" / "state")
@@ -403,8 +419,8 @@ def test_a_site_set_back_by_a_copy_of_its_disk_heals_too(name: str, founded: Fou
     folder = founded(METHODS[name])
     state, copy = folder / "sites" / "west" / "state", folder / "copy"
     real = Real(folder)
-    dropped = {}
-    for row in real.rounds(ROUNDS):
+    dropped: dict[int, Any] = {}
+    for row in real.rounds(FEWER):
         dropped |= {row["round"]: row["dropped"]} if row["dropped"] else {}
         if row["round"] == 2:
             shutil.copytree(state, copy)
@@ -425,13 +441,47 @@ def test_in_the_attempt_that_heals_everybody_else_sends_what_it_sent(founded: Fo
     assert {node: len(real.grid.said[node, 4]) for node in range(3)} == {0: 1, 1: 1, 2: 1}
 
 
+# --- a coordinator that is killed ----------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@EVERY
+def test_a_coordinator_killed_between_the_answers_of_a_round_goes_on_with_the_same_bytes(
+    name: str, founded: Found, tmp_path: Path
+) -> None:
+    """Two sites have answered a round of which the checkpoint knows nothing."""
+    folder, out = founded(METHODS[name]), tmp_path / "run"
+    plain, expected = alike(folder, rounds=FEWER)
+    first = Real(folder)
+
+    class Axe:
+        def run(self, plan: Plan) -> Iterator[Reply | Failure]:
+            for number, reply in enumerate(over(first.grid, SITES)(None).run(plan)):
+                if (plan.round, number) == (5, 2):
+                    raise Killed
+                yield reply
+
+    with pytest.raises(Killed):
+        list(first.rounds(FEWER, out=out, backend=lambda sites: Axe()))
+    assert first.fed.server.round == 4
+    again = Real(folder)
+    list(again.rounds(FEWER, out=out, resume=True))
+    assert again.fed.server.digest() == plain.server.digest()
+    assert figures(again.fed.history) == figures(expected)
+    for key in first.grid.said.keys() & again.grid.said.keys():
+        assert first.grid.said[key] == again.grid.said[key], "one round, one upload"
+
+
 # --- what is worth it ----------------------------------------------------------------------------
 
 
 def test_rows_that_are_fresh_are_neither_asked_nor_sent_over_the_grid(
     founded: Found, clock: Callable[[InProcessGrid], None]
 ) -> None:
-    """SCARLET's saving is there on the wire, and a site that was away costs more than the others."""
+    """SCARLET's saving is there on the wire; a site that was away is told all that it lacks."""
     folder = founded(METHODS["scarlet"])
     real, told = Real(folder), {}
     clock(real.grid)
@@ -449,6 +499,7 @@ def test_rows_that_are_fresh_are_neither_asked_nor_sent_over_the_grid(
 
 
 def allowing(folder: Path, *names: str) -> Path:
+    """The deployment, in which these sites allow their prototypes to be shared."""
     for name in names:
         file = folder / "sites" / name / "site.toml"
         text = file.read_text()
@@ -478,3 +529,38 @@ def test_a_site_whose_policy_refuses_a_table_sends_none_and_the_others_go_on(
     assert rows[-1]["flags"]["west"] == ["inactive"]
     assert not [node for node, _ in real.grid.said if SITES[node] == "west"]
     assert not (folder / "sites" / "west" / "state" / "runs").exists()
+
+
+# --- the real thing, in processes of its own -----------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_stopped_site_comes_back_to_its_cache_over_a_real_superlink(tmp_path: Path) -> None:
+    """Four rounds of SCARLET over TLS; `west` is stopped for two of them, and started again."""
+    folder = chaos.deploy(tmp_path / "d", SITES, f"{SETTINGS}[method]\n{METHODS['scarlet']}")
+    with chaos.world(folder, restart=0.0, watched=False) as ours:
+        ours.agree(rounds=4, deployment={"grace": 5.0})
+        ours.open()
+
+        def go_on(rounds: int, *more: str) -> Mapping[str, Any]:
+            ours.submit("--rounds", str(rounds), *more)
+            return ours.finish()
+
+        def online() -> int:
+            return ours.text_of("west").count("SuperNode ID")
+
+        ours.until(online, "west")
+        go_on(1)
+        west = ours.units["west"]
+        west.wanted = False
+        west.child.ask_to_stop()
+        ours.until(lambda: not west.child.running, "the end of west")
+        go_on(3, "--resume")
+        west.wanted = True
+        ours.until(lambda: online() == 2, "west again")
+        told, rows = go_on(4, "--resume"), ours.rows()
+    plain, expected = alike(folder, lambda sites: Absent(sites, "offline", {2, 3}), rounds=4)
+    assert [row["dropped"] for row in rows] == [{}, *[{"west": "offline"}] * 2, {}]
+    assert told["soft_targets_sha256"] == plain.server.digest()
+    assert figures(rows) == figures(expected)
