@@ -15,6 +15,7 @@ import numpy as np
 from fedistill.aggregate.rules import Rule, configure, takes, wants
 from fedistill.distill.recipe import Recipe
 from fedistill.types import FloatArray, IntArray
+from fedistill.wire.targets import MOST_CHOICES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,12 @@ class Method:
         rule = self.bound_rule()
         of_use = wants(rule) if not self.familiarity else takes(rule)
         return self.exchange == "predictions" and "familiarity" in of_use
+
+    def most_choices(self) -> int:
+        """Targets a row that a client may be told."""
+        if self.rule == "clusters":
+            return int(self.options.get("centroids", 2))
+        return 1 if isinstance(self.rule, str) or not self.student_rule else MOST_CHOICES
 
     def density(self) -> str:
         """How a client estimates familiarity; empty: it does not."""

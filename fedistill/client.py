@@ -178,6 +178,8 @@ class Site:
             raise Rejected("shape", "the server counts other proxy rows, or other classes")
         if told and told.codec != self.method.down():
             raise Rejected("codec", f"the targets come as {told.codec}, not {self.method.down()}")
+        if told and told.choices > self.method.most_choices():
+            raise Rejected("shape", "the server offers more targets a row than the method has")
         if plan.run == self.run and plan.round < self.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
 

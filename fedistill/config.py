@@ -67,6 +67,10 @@ __all__ = [
 ]
 
 
+FEATURES = ("fedproto", "fedhenn")
+"""Methods in which no predictions are shared that an attack could change."""
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Read a settings file, apply ``key=value`` overrides, report all problems at once.
 
@@ -359,10 +363,11 @@ def contradictions(settings: Settings, lines: Mapping[Path_, int]) -> Iterator[P
             )
     sharpen = re.fullmatch(r"(?:era|power):(\d+\.?\d*|\.\d+)", method.sharpen or "")
     anchored = "trust-anchored" in {method.rule, method.student_rule}
-    if anchored and not proxy.labelled and not settings.deployment.sites:
+    if anchored and not proxy.labelled:
         yield problem(
             "proxy.labelled",
-            "trust-anchored judges clients by labelled proxy rows, found 0: label some",
+            "trust-anchored judges clients by labelled proxy rows, found 0: label some (in a "
+            "simulation; with real sites there are none)",
         )
     if method.sharpen not in {None, "none"} and not (sharpen and float(sharpen[1]) > 0):
         yield problem(
@@ -421,6 +426,12 @@ def _simulation_contradictions(
             "attack.kind",
             "bad clients tamper with predictions, found the baseline "
             f'"{settings.method.preset}", which shares none',
+        )
+    if attack.kind not in {None, "label-flip"} and settings.method.preset in FEATURES:
+        yield problem(
+            "attack.kind",
+            f"{settings.method.preset} shares hidden features, which only label-flip changes, "
+            f"found {attack.kind}",
         )
     if attack.kind is not None and settings.evaluation.leave_one_out:
         yield problem(

@@ -126,7 +126,7 @@ class Workplace:
             raise Rejected("policy", f"this site answers {policy.runs} runs")
         if policy.rounds and plan.round > policy.rounds:
             raise Rejected("policy", f"this site answers {policy.rounds} rounds of a run")
-        if policy.rows and plan.ask.count > policy.rows:
+        if policy.rows and plan.count() > policy.rows:
             raise Rejected("policy", f"this site answers {policy.rows} proxy rows in a round")
 
     def prepare(self, message: bytes) -> None:

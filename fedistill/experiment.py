@@ -253,7 +253,8 @@ def run_one(
                 progress=watch.advance,
                 threads=settings.backend.threads,
             )
-            fedavg = federation.fedavg_bytes() if chosen.exchange == "predictions" else None
+            shares = chosen.exchange not in {"weights", "nothing", "rows"}
+            fedavg = federation.fedavg_bytes() if shares else None
             for row in rows:
                 watch.add(row | {"fedavg_bytes_per_client_round": fedavg})
         status = "done"

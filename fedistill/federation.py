@@ -263,6 +263,7 @@ class Federation:
             "clients_ok": len(tally.answers) - tally.late,
             "clients_failed": len(plan.clients) - len(tally.answers) + tally.late,
             "clients_late": tally.late,
+            "uploads": tally.uploads,
             "epsilon_max": combined.epsilon_max,
             "agreement": combined.agreement,
             "target_entropy": combined.target_entropy,
@@ -350,8 +351,11 @@ class Federation:
 
     def _recipes(self) -> str:
         """A short digest of the method and of how everybody trains."""
-        rule = self.method.rule if isinstance(self.method.rule, str) else "own"
-        told: list[Any] = [dataclasses.replace(self.method, rule=rule)]
+        rules: dict[str, Any] = {
+            name: rule if isinstance(rule := getattr(self.method, name), str) else "own"
+            for name in ("rule", "student_rule")
+        }
+        told: list[Any] = [dataclasses.replace(self.method, **rules)]
         told += [self.method.client_recipe(client.training) for client in self.clients]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
@@ -368,12 +372,13 @@ class Federation:
         """The facts of the whole run so far."""
         ok = sum(row["clients_ok"] for row in self.history)
         asked = ok + sum(row["clients_failed"] for row in self.history)
-        up = sum(row["bytes_up"] for row in self.history) / ok if ok else 0.0
+        sent = sum(row["uploads"] for row in self.history)
+        up = sum(row["bytes_up"] for row in self.history) / sent if sent else 0.0
         down = sum(row["bytes_down"] for row in self.history) / asked if asked else 0.0
         fedavg = self.fedavg_bytes()
         saving = round(2 * fedavg / (up + down), 3) if fedavg and up + down else None
         last = {k: v for k, v in self.history[-1].items() if k != "seconds"} if self.history else {}
-        rule = self.method.rule
+        rule, exchange = self.method.rule, self.method.exchange
         return {
             **last,
             "method": self.method.name,
@@ -381,6 +386,9 @@ class Federation:
             "rule": rule if isinstance(rule, str) else getattr(rule, "__name__", "own"),
             "codec": self.method.codec,
             "codec_down": self.method.down(),
+            "exchange": self.method.exchange,
+            "tells": EXCHANGES[exchange].tells if exchange in EXCHANGES else "",
+            "bad": [client.id for client in self.clients if client.wrap is not None],
             "cache": self.method.cache,
             "clients": len(self.members),
             "classes": list(self.classes),

@@ -25,6 +25,7 @@ class Latecomers:
         self._ask = ask
         self.skipped: dict[int, bytes] = {}
         self.let_in: dict[int, list[str]] = {}
+        self.asked: dict[int, list[str]] = {}
         self._now: list[tuple[int, str]] = []
 
     def age(self, number: int, plan: Plan) -> int:
@@ -51,7 +52,8 @@ class Latecomers:
             self.let_in[number].append(client)
         self._now.clear()
         self.skipped[plan.round], self.let_in[plan.round] = plan.skip, sorted(let_in)
-        for old in (self.skipped, self.let_in):
+        self.asked[plan.round] = list(plan.clients)
+        for old in (self.skipped, self.let_in, self.asked):
             old.pop(plan.round - MOST_LATE, None)
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,10 +61,12 @@ class Latecomers:
         return {
             "skipped": {str(number): mask.hex() for number, mask in self.skipped.items()},
             "let_in": {str(number): list(names) for number, names in self.let_in.items()},
+            "asked": {str(number): names for number, names in self.asked.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.skipped = {int(k): bytes.fromhex(v) for k, v in state["skipped"].items()}
         self.let_in = {int(k): list(names) for k, names in state["let_in"].items()}
+        self.asked = {int(k): list(names) for k, names in state["asked"].items()}
         self._now.clear()

@@ -11,7 +11,7 @@ from fedistill import config, deployment
 from fedistill.assembly import assemble, method_of
 from fedistill.config import Settings
 from fedistill.data import Federated
-from fedistill.exchange import EXCHANGES
+from fedistill.exchange import EXCHANGES, Exchange
 from fedistill.experiment import rows_of
 from fedistill.presets import Method
 from fedistill.wire.codec import expected_size
@@ -66,11 +66,13 @@ def _choices(settings: Settings, chosen: Method, asked: int) -> Iterator[str]:
     if attack.kind is not None:
         together = ", colluding" if attack.collude else ""
         yield f"attack    {attack.count} clients: {attack.kind}{together}"
-    if clients.dropout or clients.stragglers:
+    if clients.dropout:
+        yield f"losses    {clients.dropout:.0%} of those asked are offline in a round"
+    if clients.stragglers:
         counted = f"counts {chosen.late:g}" if chosen.late else "is refused (method.late)"
         yield (
-            f"losses    {clients.dropout:.0%} offline, {clients.stragglers:.0%} late by "
-            f"{clients.lateness} rounds; what is late {counted}"
+            f"losses    {clients.stragglers:.0%} are late by {clients.lateness} "
+            f"round{'s' * (clients.lateness > 1)}; what is late {counted}"
         )
 
 
@@ -142,8 +144,7 @@ def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Itera
         yield f"bytes     {fedavg:,} each way per client and round (weights in float32)"
         return
     if chosen.exchange in EXCHANGES:
-        yield f"bytes     a table of {EXCHANGES[chosen.exchange].summary} each way"
-        yield f"          WARNING: it tells {EXCHANGES[chosen.exchange].tells}"
+        yield from _table_bytes(EXCHANGES[chosen.exchange], rows, classes, fedavg)
         return
     if chosen.exchange != "predictions":
         yield "bytes     none: this baseline exchanges nothing"
@@ -161,3 +162,14 @@ def _bytes(chosen: Method, rows: int, classes: int, fedavg: int | None) -> Itera
                 "          WARNING: predictions cost more than weights here; lower "
                 "proxy.per_round, or take a smaller codec"
             )
+
+
+def _table_bytes(exchange: Exchange, rows: int, classes: int, fedavg: int | None) -> Iterator[str]:
+    """Bytes of a table each way, as far as they are known beforehand, and what it tells."""
+    items, width = exchange.sides(classes, min(exchange.public, rows))
+    size = 4 * items * width + ENVELOPE
+    told = f"at most {size:,}" if width else f"{items} times 4 for each hidden feature"
+    yield f"bytes     {told} each way per client and round ({exchange.summary})"
+    if fedavg and width:
+        yield f"          FedAvg would send {fedavg:,} each way: {fedavg / size:.1f} times as much"
+    yield f"          WARNING: it tells {exchange.tells}"

@@ -193,7 +193,7 @@ class Server:
         """
         upload = Upload.from_bytes(data, self.limit)
         late = self.latecomers.age(upload.round, plan)
-        asked = plan.clients if not late else self.enrolled
+        asked = self.latecomers.asked[upload.round] if late else plan.clients
         check_sender(upload, sender, asked, self.enrolled, plan.run)
         if upload.round != plan.round and not late:
             raise Rejected("stale_round", f"round {upload.round}, expected {plan.round}")
@@ -292,6 +292,11 @@ class Server:
             "anchors": labels[asked],
         }
         lesson = targets = combine(self.rule, logits, voices, sharpen=sharpen, **extras)
+        if targets.ndim == 3 and self.student_rule is None:
+            raise FedistillError(
+                "the rule gives several targets a row, of which a student can learn none: set "
+                'student_rule, for instance "mean"'
+            )
         if self.student_rule is not None:
             lesson = combine(self.student_rule, logits, voices, sharpen=sharpen, **extras)
         lesson = keep_clear(lesson, self.method.ambiguity)

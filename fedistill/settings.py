@@ -164,7 +164,7 @@ class ClientsSettings(TrainSettings):
     stragglers: float = setting(
         0.0, "simulated: share of those asked whose upload misses the deadline", low=0, high=1
     )
-    lateness: int = setting(1, "rounds by which the upload of a straggler is late", low=1)
+    lateness: int = setting(1, "rounds by which the upload of a straggler is late", low=1, high=3)
     group: tuple[GroupSettings, ...] = setting((), "clients of other kinds")
 
 

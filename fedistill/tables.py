@@ -16,7 +16,7 @@ import numpy as np
 
 from fedistill.client import Site
 from fedistill.door import Answer, check_shape
-from fedistill.errors import Problem, Rejected, RunError, SettingsError
+from fedistill.errors import Problem, QuorumError, Rejected, RunError, SettingsError
 from fedistill.exchange import EXCHANGES, Exchange, means_of_others
 from fedistill.seeding import derive
 from fedistill.server import Combined, Server
@@ -36,6 +36,18 @@ class TableSite(Site):
         """What is exchanged."""
         return EXCHANGES[self.method.exchange]
 
+    def agree(self, plan: Plan) -> None:
+        """Refuse, beside what every site refuses, a table of another shape than can be."""
+        super().agree(plan)
+        if plan.ask.count > self.exchange.public:
+            raise Rejected("shape", f"a table is about {self.exchange.public} public rows at most")
+        if plan.table is None:
+            return
+        items, width = self.exchange.sides(len(self.classes), plan.ask.count)
+        told = plan.table.shape
+        if (items and told[0] != items) or (width and told[1] != width):
+            raise Rejected("shape", f"expected a table of {items} times {width}, found {told}")
+
     def absorb(self, plan: Plan) -> None:
         """Apply the table of the others, if there is one yet."""
         self.exchange.check(self.learner)
@@ -49,9 +61,8 @@ class TableSite(Site):
         if len(rows):
             classes = len(self.classes)
             found = self.exchange.describe(self.learner, rows, self._public(plan), classes)
-            if plan.table is None or plan.table.shape[1] == found.shape[1]:
-                table = Table(found.astype("<f4"))
-        teaches = len(table.values) > 0  # features of another width cannot be compared
+            table = Table(found.astype("<f4"))
+        teaches = len(rows) > 0
         absent, values = table.parts()
         return Upload(
             client=self.client.id,
@@ -62,7 +73,7 @@ class TableSite(Site):
             share=self.exchange.name if teaches else "none",
             codec="float32",
             shape=table.shape,
-            size=bucket(len(rows)) if teaches else 0,
+            size=bucket(len(rows)),
             payload=values,
             declined=absent,
         )
@@ -130,16 +141,17 @@ class TableServer(Server):
         if 4 * items * width > self.limit:
             raise Rejected("shape", "the table is larger than a message may be")
         values = Table.read([items, width], [upload.declined, upload.payload]).values
+        if teaches and np.isnan(values[:, :1]).all():
+            raise Rejected("shape", "a table without anything in it")
         if np.abs(np.nan_to_num(values)).max(initial=0.0) > LARGEST:
             raise Rejected("extreme", f"values beyond {LARGEST:g}")
         return Answer(upload, np.arange(items), values, upload.read_familiarity(), age=late)
 
     def _expected(self, asked: int, told: int) -> tuple[int, int]:
-        """Items and width of a table; the width it tells where nobody knows it beforehand."""
-        if self.common is not None:
+        """Items and width of a table; the width it tells where clients may differ in it."""
+        items, width = self.exchange.sides(len(self.classes), asked)
+        if self.exchange.start is not None and self.common is not None:
             items, width = self.common.shape
-        else:
-            items, width = self.exchange.sides(len(self.classes), asked)
         return items, width or told
 
     # --- combine -------------------------------------------------------------------------------
@@ -153,7 +165,10 @@ class TableServer(Server):
         teachers = self._teachers(plan, answers)
         usual = _usual_width([answer.probs.shape[1] for answer in teachers])
         odd = [a.upload.client for a in teachers if a.probs.shape[1] != usual]
-        teachers = self._teachers(plan, [a for a in teachers if a.upload.client not in odd])
+        try:
+            teachers = self._teachers(plan, [a for a in teachers if a.upload.client not in odd])
+        except QuorumError as shortage:
+            raise QuorumError(f"{shortage}: {len(odd)} tables are of another width") from None
         for answer in teachers:
             self._rows_of(answer.upload)  # notes what a client declares at first
         sizes = np.array([self.enrolled[a.upload.client] for a in teachers], dtype=np.float64)

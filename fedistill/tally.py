@@ -29,6 +29,7 @@ class Tally:
         self.seen: set[str] = set()
         self.heard = 0
         self.started = time.monotonic()
+        self.uploads: int = before.uploads if before else 0
         self.bytes_up: int = before.bytes_up if before else 0
         self.bytes_down: int = before.bytes_down if before else 0
         self._told: set[str] = set()
@@ -47,6 +48,7 @@ class Tally:
                 server.forget(name)
             self._drop(name, _code(reply.reason))
             return
+        self.uploads += 1
         self.bytes_up += len(reply.data) if self.travels else 0
         try:
             self.answers.append(server.check(reply.data, self.plan, reply.client, self.seen))

@@ -211,10 +211,16 @@ def test_values_that_no_model_has_are_refused(value, reason):
     assert refusal.value.reason == reason
 
 
-def test_a_width_that_nobody_has_is_refused_once_the_width_is_known():
+def test_the_width_of_the_last_round_binds_nobody():
+    """Else a few clients of one round would decide for all others, for good."""
     table = np.zeros((3, 5), dtype="<f4").tobytes()
-    with pytest.raises(Rejected, match="shape"):
-        knock("prototypes", shape=(3, 5), payload=table, declined=b"")
+    knock("prototypes", shape=(3, 5), payload=table, declined=b"")
+
+
+def test_a_table_without_anything_in_it_has_no_say_in_the_width():
+    absent = pack_mask(np.ones(3, dtype=bool))
+    with pytest.raises(Rejected, match="without anything"):
+        knock("prototypes", shape=(3, 5), payload=b"", declined=absent)
 
 
 def test_a_table_without_values_cannot_ask_for_memory():

@@ -172,7 +172,7 @@ def best_teacher(
 
     Deviations: on a row without a label the entropy of p_k stands for CE_k, so that the most
     confident client teaches; the cross-entropies are computed here from labels that the server
-    holds, and no client sends them; the receiver's own distribution is no candidate, as all
+    holds, and no client sends them; the receiver's own distribution is no special candidate, as all
     receive the same target.
 
     Args:

@@ -20,6 +20,7 @@ of it is the rule, with ``state_dict`` and ``load_state_dict`` of plain values. 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -267,6 +268,8 @@ def configure(rule: str | Rule, **options: Any) -> Rule:
         if rule not in RULES:
             raise FedistillError(f'unknown rule "{rule}"; known: {", ".join(RULES)}')
         rule = RULES[rule]
+    if not isinstance(rule, type) and hasattr(rule, "load_state_dict"):
+        return copy.deepcopy(rule)  # what it remembers belongs to one federation
     bound = {key: value for key, value in options.items() if key in _parameters(rule)}
     if isinstance(rule, type):
         made: Rule = rule(**bound)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -64,15 +65,17 @@ def flag_predictions(
         )
     weights = np.ones(len(names))
     flags: dict[str, list[str]] = {}
+    spoken = [said[index].tobytes() for index in range(len(names))]
+    alike = Counter(spoken)
     for index, name in enumerate(names):
         rows = probs[index]
         given = np.ones(len(rows), dtype=bool) if answered is None else answered[name]
-        twins = [
-            n for n in range(len(names)) if n != index and np.array_equal(said[index], said[n])
-        ]
-        if twins and len(rows) > 1 and not coarse:
+        if not given.any():
+            continue  # it declined every row: nothing was said that could be wrong
+        twins = alike[spoken[index]]
+        if twins > 1 and len(rows) > 1 and not coarse:
             flags.setdefault(name, []).append("identical")
-            weights[index] /= 1 + len(twins)
+            weights[index] /= twins
         if len(rows) > 1 and np.ptp(said[index], axis=0).max() < 1e-9:
             flags.setdefault(name, []).append("constant")
             weights[index] = 0.0

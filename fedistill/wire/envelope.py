@@ -111,10 +111,10 @@ def count_bits(data: bytes, rows: int) -> int:
     """
     if not data:
         return 0
-    bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
-    if len(data) != -(-rows // 8) or bits[rows:].any():
+    spare = -rows % 8
+    if len(data) != -(-rows // 8) or data[-1] & ((1 << spare) - 1):
         raise Rejected("shape", "a mask must have a bit for each row")
-    return int(bits.sum())
+    return int.from_bytes(data, "big").bit_count()
 
 
 def check_types(header: Any, names: Mapping[str, type]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,11 @@ class RowSpec:
     total: int
 
     def rows(self) -> IntArray:
-        """The row numbers, ``[count]``; those of one round are distinct."""
+        """The row numbers, ``[count]``; those of one round are distinct. Not to be written to."""
+        return _drawn(self)
+
+    def draw(self) -> IntArray:
+        """As :meth:`rows`, drawn afresh."""
         if not self.count:
             return np.empty(0, dtype=np.int64)
         number, offset = divmod((self.round - 1) * self.count, self.total)
@@ -59,6 +64,14 @@ class RowSpec:
             head = np.flatnonzero(~np.isin(order, last))[: self.count - shared]
             order = np.concatenate([order[head], np.delete(order, head)])
         return order
+
+
+@functools.lru_cache(maxsize=8)
+def _drawn(spec: RowSpec) -> IntArray:
+    """Drawn once: a round asks for its rows many times, and later rounds take longer to draw."""
+    rows = spec.draw()
+    rows.flags.writeable = False
+    return rows
 
 
 def spec_fields(spec: RowSpec) -> dict[str, int]:

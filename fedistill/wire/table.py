@@ -11,6 +11,7 @@ from fedistill.errors import Rejected
 from fedistill.types import FloatArray
 from fedistill.wire.envelope import count_bits, pack_mask, unpack_mask
 
+FEW_VALUES = 1 << 20
 MOST_VALUES = 1 << 26
 """Values of a table, the absent ones counted: a mask costs little to send and much to unfold."""
 

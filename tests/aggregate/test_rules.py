@@ -348,7 +348,8 @@ def test_a_rule_that_remembers_is_made_anew_for_each_federation():
     assert type(one) is type(two) is rules.Trust
     assert one is not two
     assert one.rate == two.rate == 3.0
-    assert rules.configure(one) is one
+    assert rules.configure(one) is not one
+    assert rules.configure(one).rate == 3.0
 
 
 def test_a_rule_may_return_several_targets_a_row_and_each_is_checked():
