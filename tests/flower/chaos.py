@@ -120,12 +120,12 @@ def fall_while_combining(journal: str, number: int) -> None:
 
     distil = Server.distil
 
-    def falling(server: Any) -> None:
+    def falling(server: Any, plan: Any = None) -> None:
         known = noted(journal, what="fault", kind="die-combining")
         if server.round == number and not known:
             note(journal, what="fault", kind="die-combining", site="coordinator", round=number)
             os.kill(os.getpid(), signal.SIGKILL)
-        distil(server)
+        distil(server, plan)
 
     Server.distil = falling  # type: ignore[method-assign]
 
