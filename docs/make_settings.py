@@ -26,7 +26,10 @@ from fedistill.cli import app
 from fedistill.exchange import EXCHANGES, Exchange
 from fedistill.presets import METHODS
 
-PAGES = [Path(__file__).with_name(f"{name}.md") for name in ("settings", "methods", "bad-clients")]
+PAGES = [
+    Path(__file__).with_name(f"{name}.md")
+    for name in ("settings", "methods", "bad-clients", "continual")
+]
 """The pages that have generated parts."""
 WIDTH = 95
 """Characters of a line of a formula."""

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from fedistill import data, losses, metrics, models, testing
     from fedistill.client import Client, Member, Site
     from fedistill.config import Settings
+    from fedistill.continual.adwin import Adwin
+    from fedistill.continual.buffer import ReplayBuffer
+    from fedistill.continual.mmd import Mmd
+    from fedistill.continual.page_hinkley import PageHinkley
     from fedistill.deployment import open_site
     from fedistill.distill.distiller import Distiller
     from fedistill.distill.learner import Learner
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adwin": "fedistill.continual.adwin",
     "Client": "fedistill.client",
     "Dataset": "fedistill.types",
     "Distiller": "fedistill.distill.distiller",
@@ -36,8 +41,11 @@ _HOMES = {
     "Learner": "fedistill.distill.learner",
     "Member": "fedistill.client",
     "Method": "fedistill.presets",
+    "Mmd": "fedistill.continual.mmd",
+    "PageHinkley": "fedistill.continual.page_hinkley",
     "ProxySet": "fedistill.types",
     "Recipe": "fedistill.distill.recipe",
+    "ReplayBuffer": "fedistill.continual.buffer",
     "Rows": "fedistill.types",
     "Settings": "fedistill.config",
     "Site": "fedistill.client",
@@ -48,6 +56,7 @@ _HOMES = {
 _MODULES = ("data", "losses", "metrics", "models", "testing")
 
 __all__ = [
+    "Adwin",
     "Client",
     "Dataset",
     "Distiller",
@@ -57,8 +66,11 @@ __all__ = [
     "Learner",
     "Member",
     "Method",
+    "Mmd",
+    "PageHinkley",
     "ProxySet",
     "Recipe",
+    "ReplayBuffer",
     "Rows",
     "Settings",
     "Site",

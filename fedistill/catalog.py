@@ -18,6 +18,8 @@ TABLES: Mapping[str, str] = {
     "models": "fedistill.catalog:MODELS",
     "sources": "fedistill.data.sources:SOURCES",
     "partitions": "fedistill.data.partition:PARTITIONS",
+    "policies": "fedistill.continual.policies:POLICIES",
+    "detectors": "fedistill.continual.detectors:DETECTORS",
     "attacks": "fedistill.attacks:ATTACKS",
     "backends": "fedistill.catalog:BACKENDS",
     "mechanisms": "fedistill.catalog:MECHANISMS",

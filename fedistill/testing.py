@@ -1,4 +1,4 @@
-"""Checkers for parts of your own: each proves a rule, a codec or a learner by its properties.
+"""Checkers for parts of your own: each proves a rule, codec, learner or policy by its properties.
 
 A checker returns nothing when the part keeps its promises and raises :class:`CheckFailed` at the
 first that it breaks, with what was expected and what was found::
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedistill.aggregate.rules import Rule, configure, softmax, takes, wants
+from fedistill.continual.buffer import ReplayBuffer
+from fedistill.continual.policies import Candidates, Keys, Policy, find_policy
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Familiar, Learner
 from fedistill.distill.recipe import Recipe
@@ -402,3 +404,76 @@ def _logits(learner: Learner, inputs: FloatArray, classes: int, part: str) -> Fl
     expect(found.shape == wanted, part, f"logits [rows, classes] = {wanted}", found.shape)
     expect(bool(np.isfinite(found).all()), part, "finite logits", "NaN or infinity")
     return np.array(found)
+
+
+# --- buffer policies ---------------------------------------------------------------------------
+
+
+def check_policy(policy: str | Policy | Keys) -> None:
+    """Prove that a policy gives keys to rows, and that a buffer can stand on it.
+
+    Keys are one finite number a row, the same when asked again and in another order of rows, and,
+    where they are said to be for life, the same whatever other rows there are; arguments stay as
+    they are. A buffer with it is never above its capacity, keeps what lies beside a row with that
+    row, and goes on from its saved state as if nothing had happened.
+
+    Args:
+        policy: a name, a policy, or its function of rows.
+
+    >>> check_policy("class-balanced")
+    >>> check_policy(lambda rows: rows.uniform.argsort())  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+        ...
+    fedistill.testing.CheckFailed: policy <lambda>, fewer rows: expected ..., found ...
+    """
+    policy = find_policy(policy)
+    part = f"policy {policy.name}"
+    random, count = generator("check-policy"), 24
+    features = random.normal(size=(count, 4))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    case: dict[str, Any] = {
+        "uniform": random.random(count),
+        "numbers": np.arange(count),
+        "labels": np.arange(count) % CLASSES,
+        "scores": random.normal(size=count),
+        "features": features,
+        "means": np.stack([features[k::CLASSES].mean(axis=0) for k in range(CLASSES)] * 8),
+    }
+    before = {name: value.copy() for name, value in case.items()}
+
+    def keys(rows: Any, title: str) -> FloatArray:
+        chosen = Candidates(**{name: value[rows] for name, value in case.items()})
+        found = np.asarray(policy.keys(chosen), dtype=np.float64)
+        good = found.shape == (len(chosen),) and bool(np.isfinite(found).all())
+        expect(good, f"{part}, {title}", "a finite key for each row", found.shape)
+        return found
+
+    every = slice(None)
+    usual = keys(every, "keys")
+    _same(keys(every, "keys"), usual, f"{part}, asked twice", within=0.0)
+    changed = [name for name in case if not np.array_equal(case[name], before[name])]
+    expect(not changed, part, "arguments left as they are", f"{', '.join(changed)} changed")
+    if policy.lifelong:
+        _same(keys(slice(5, 9), "fewer rows"), usual[5:9], f"{part}, fewer rows", within=0.0)
+    _same(
+        keys(slice(None, None, -1), "turned"),
+        usual[::-1],
+        f"{part}, rows in another order",
+        within=0.0,
+    )
+
+    for capacity in (0, 1, 7):
+        title = f"{part}, capacity {capacity}"
+        first, second = ReplayBuffer(capacity, policy), ReplayBuffer(1, policy, seed=1)
+        for start in range(0, count, 8):
+            rows = slice(start, start + 8)
+            names = ("labels", "scores", "features")
+            extras = {name: case[name][rows] for name in names}
+            number = case["numbers"][rows, None]
+            first.add(number, logits=number, **extras)
+            expect(len(first) <= capacity, title, f"at most {capacity} rows", len(first))
+        held = first.rows()
+        expect(bool((held.inputs == held.logits).all()), title, "logits of their rows", "others")
+        second.load_state_dict(first.state_dict())
+        alike = np.array_equal(first.draw(3).numbers, second.draw(3).numbers)
+        expect(alike, f"{title}, restored", "the same draws", "others")

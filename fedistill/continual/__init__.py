@@ -1,0 +1,1 @@
+"""Students that stay current: replay, objectives, drift."""
