@@ -300,8 +300,8 @@ class Server:
         if self.student_rule is not None:
             lesson = combine(self.student_rule, logits, voices, sharpen=sharpen, **extras)
         lesson = keep_clear(lesson, self.method.ambiguity)
-        targets[np.isnan(lesson).any(axis=1)] = np.nan
-        return targets, lesson
+        dropped = np.isnan(lesson).any(axis=1).reshape(-1, *[1] * (targets.ndim - 1))
+        return np.where(dropped, np.nan, targets), lesson
 
     def _teachers(self, plan: Plan, answers: Sequence[Answer]) -> list[Answer]:
         """Those who teach, in the order of their ids: the order of arrival must not matter."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any, ClassVar, Protocol
@@ -55,7 +56,7 @@ def observe(detector: Detector, probs: Probs, labels: npt.ArrayLike | None = Non
     return detector.update(values(detector.on, probs, labels))
 
 
-class Watcher:
+class Watcher(ABC):
     """Counts rows, checks values and saves; a detector adds ``_run`` and its own state."""
 
     name: ClassVar[str]
@@ -87,9 +88,9 @@ class Watcher:
         self.seen += len(block)
         return state
 
+    @abstractmethod
     def reset(self) -> None:
         """Forget the values seen; the count of rows goes on."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on exactly, fit for JSON.
@@ -122,14 +123,17 @@ class Watcher:
         self.seen = int(state["seen"])
         self.alarms = tuple(int(row) for row in state["alarms"])
 
+    @abstractmethod
     def _run(self, block: FloatArray) -> tuple[DriftState, list[int]]:
-        raise NotImplementedError
+        """The worst state met in a block, and its rows with an alarm."""
 
+    @abstractmethod
     def _save(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a detector holds, fit for JSON."""
 
+    @abstractmethod
     def _load(self, held: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Restore what :meth:`_save` gave."""
 
     def _block(self, values: npt.ArrayLike) -> FloatArray:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,11 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """The message to a client that is told nothing of its own."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
+        """Built once, for all who are asked and for whoever weighs it."""
         header: dict[str, Any] = {
             "kind": "plan",
             "run": self.run,

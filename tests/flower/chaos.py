@@ -475,8 +475,16 @@ class World:
         return next((pid for pid in below if "flwr-serverapp" in command_of(pid)), None)
 
     def kill_server(self) -> None:
-        """kill -9 of the process that combines and teaches."""
-        pid = self.until(self.server_process, "a ServerApp")
+        """kill -9 of the process that combines and teaches.
+
+        Where it has just fallen by itself there is none until the run goes on.
+        """
+        while not (pid := self.server_process()):
+            self.until(
+                lambda: self.server_process() or not self.coordinator.running, "a ServerApp"
+            )
+            if not self.coordinator.running:
+                self.resume()
         self.say("kill -9 coordinator (ServerApp)")
         os.kill(pid, signal.SIGKILL)
 
