@@ -31,6 +31,8 @@ PAGES = [
     for name in ("settings", "methods", "bad-clients", "continual")
 ]
 """The pages that have generated parts."""
+ELSEWHERE = dict.fromkeys(("objectives", "policies", "detectors"), "continual.md")
+"""Kinds of names that another page than the settings' has a section for."""
 WIDTH = 95
 """Characters of a line of a formula."""
 SEAMS = (
@@ -114,7 +116,7 @@ def allowed(item: dataclasses.Field[Any], hint: Any) -> str:
     limits = item.metadata
     if isinstance(limits["choices"], str):
         kind = limits["choices"]
-        return f"one of the [{kind}](#{kind})"
+        return f"one of the [{kind}]({ELSEWHERE.get(kind, '')}#{kind})"
     if limits["choices"]:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
     bounds = [

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
     from fedistill.continual.buffer import ReplayBuffer
     from fedistill.continual.mmd import Mmd
     from fedistill.continual.page_hinkley import PageHinkley
+    from fedistill.data.stream import Experience
     from fedistill.deployment import open_site
     from fedistill.distill.distiller import Distiller
+    from fedistill.distill.incremental import IncrementalDistiller
     from fedistill.distill.learner import Learner
     from fedistill.distill.recipe import Recipe
-    from fedistill.distill.teachers import EmaTeacher
+    from fedistill.distill.teachers import EmaTeacher, SelfTeacher
     from fedistill.errors import FedistillError
     from fedistill.experiment import run
     from fedistill.federation import Federation
     from fedistill.presets import Method, method
+    from fedistill.recommend import Recommender
     from fedistill.types import Dataset, ProxySet, Rows
 
 __version__ = "0.1.0"
@@ -36,8 +39,10 @@ _HOMES = {
     "Dataset": "fedistill.types",
     "Distiller": "fedistill.distill.distiller",
     "EmaTeacher": "fedistill.distill.teachers",
+    "Experience": "fedistill.data.stream",
     "Federation": "fedistill.federation",
     "FedistillError": "fedistill.errors",
+    "IncrementalDistiller": "fedistill.distill.incremental",
     "Learner": "fedistill.distill.learner",
     "Member": "fedistill.client",
     "Method": "fedistill.presets",
@@ -45,8 +50,10 @@ _HOMES = {
     "PageHinkley": "fedistill.continual.page_hinkley",
     "ProxySet": "fedistill.types",
     "Recipe": "fedistill.distill.recipe",
+    "Recommender": "fedistill.recommend",
     "ReplayBuffer": "fedistill.continual.buffer",
     "Rows": "fedistill.types",
+    "SelfTeacher": "fedistill.distill.teachers",
     "Settings": "fedistill.config",
     "Site": "fedistill.client",
     "method": "fedistill.presets",
@@ -61,8 +68,10 @@ __all__ = [
     "Dataset",
     "Distiller",
     "EmaTeacher",
+    "Experience",
     "Federation",
     "FedistillError",
+    "IncrementalDistiller",
     "Learner",
     "Member",
     "Method",
@@ -70,8 +79,10 @@ __all__ = [
     "PageHinkley",
     "ProxySet",
     "Recipe",
+    "Recommender",
     "ReplayBuffer",
     "Rows",
+    "SelfTeacher",
     "Settings",
     "Site",
     "data",

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fedistill import config, models
 from fedistill.attacks import corrupt
 from fedistill.client import Client, Member
 from fedistill.config import Settings, TrainSettings
+from fedistill.course import Timetable, timetable
 from fedistill.data import Federated
+from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.rehearsal import continual_learner
 from fedistill.federation import Federation
 from fedistill.presets import Method
 from fedistill.presets import method as preset
+from fedistill.seeding import derive
+from fedistill.streamed import Streamed
 from fedistill.types import ProxySet
 
+NETWORKS = ("linear", "mlp", "lenet", "cnn", "sequential")
+"""Kinds of model that learn on from round to round."""
 STUDENT_WIDTH = 128
 """Width of the server's student where the settings are silent: it learns from all sites."""
 
@@ -37,7 +45,7 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
     training = training_of(settings, federated)
     student = student_factory(settings, shape, classes)
-    agreed = settings.deployment
+    agreed, courses = settings.deployment, courses_of(settings, federated)
     clients: list[Client | Member] = [
         Member(name, agreed.most_rows or None) for name in agreed.sites
     ]
@@ -45,9 +53,11 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         Client(
             name,
             student if chosen.exchange == "rows" else model_factory(training[name], shape, classes),
-            part,
+            part if (course := courses[name]) is None else course.rows(0),
             federated.tests.get(name),
             recipe(training[name]),
+            course=course,
+            make=maker(settings, name),
         )
         for name, part in federated.parts.items()
     ]
@@ -67,7 +77,43 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         device=settings.backend.device,
         limit=int(settings.backend.max_message_mb * (1 << 20)),
         anchors=dataset.public.labels,
+        stream=streamed(settings, federated),
+        alarm_quorum=settings.continual.quorum,
     )
+
+
+def every(settings: Settings) -> int:
+    """Regular rounds of an experience."""
+    stream = settings.stream
+    return stream.every or max(settings.rounds // max(stream.experiences, 1), 1)
+
+
+def courses_of(settings: Settings, federated: Federated) -> dict[str, Timetable | None]:
+    """What each client meets, and when; None where its rows stay as they are."""
+    if federated.stream is None:
+        return dict.fromkeys(federated.parts)
+    lag = settings.stream.lag
+    return {
+        name: timetable(met, every(settings), lag * number)
+        for number, (name, met) in enumerate(federated.stream.train.items())
+    }
+
+
+def streamed(settings: Settings, federated: Federated) -> Streamed | None:
+    """The experiences as the federation is measured by them."""
+    stream = federated.stream
+    if stream is None:
+        return None
+    count = settings.stream.experiences
+    ends = [every(settings) * (number + 1) for number in range(count - 1)] + [settings.rounds]
+    return Streamed(stream.names, stream.tests, tuple(ends), settings.stream.order == "same")
+
+
+def maker(settings: Settings, name: str) -> Callable[..., Learner] | None:
+    """What makes a client's learner, where it is more than its model."""
+    if not settings.continual.active:
+        return None
+    return partial(continual_learner, settings.continual, derive(settings.seed, name, "memory"))
 
 
 def _attacked(
@@ -103,7 +149,7 @@ def student_factory(settings: Settings, shape: tuple[int, ...], classes: int) ->
     round, which a refit cannot.
     """
     kind = settings.student.model or settings.clients.model
-    if settings.student.model is None and kind not in {"linear", "mlp", "lenet", "cnn"}:
+    if settings.student.model is None and kind not in NETWORKS:
         kind = "mlp"
     return models.factory(
         kind,

@@ -18,6 +18,8 @@ TABLES: Mapping[str, str] = {
     "models": "fedistill.catalog:MODELS",
     "sources": "fedistill.data.sources:SOURCES",
     "partitions": "fedistill.data.partition:PARTITIONS",
+    "shifts": "fedistill.data.stream:SHIFTS",
+    "objectives": "fedistill.catalog:OBJECTIVES",
     "policies": "fedistill.continual.policies:POLICIES",
     "detectors": "fedistill.continual.detectors:DETECTORS",
     "attacks": "fedistill.attacks:ATTACKS",
@@ -30,11 +32,26 @@ MODELS: Mapping[str, str] = {
     "mlp": "one hidden layer of `width` ReLU units (more with `depth`)",
     "lenet": "LeNet for 28x28 images: two convolutions, 120-84-classes, 61,706 parameters",
     "cnn": "three 3x3 convolutions with GroupNorm, global average pooling",
+    "sequential": "a GRU over the last clicks of a session: item numbers in, next item out",
     "gradient-boosting": "scikit-learn's gradient-boosted trees, small ones for few rows",
     "hist-gradient-boosting": "scikit-learn's histogram gradient-boosted trees, for many rows",
     "logistic-regression": "scikit-learn's logistic regression",
     "random-forest": "scikit-learn's random forest",
 }
+
+OBJECTIVES: Mapping[str, str] = {
+    "fine-tune": "new rows alone: what forgets",
+    "er": "experience replay: labels of new and remembered rows in one mean",
+    "er-ace": "replay in which new rows do not push old classes away, arXiv 2104.05025",
+    "der": "remembered rows keep the logits that they had, arXiv 2004.07211",
+    "der++": "der, and the labels of a second draw, arXiv 2004.07211",
+    "lwf": "the student as it was teaches old classes on new rows, arXiv 1606.09282",
+    "a-gem": "a step may not raise the loss on remembered rows, arXiv 1812.00420",
+    "gdumb": "a new student from the memory alone: the floor, ECCV 2020",
+    "cfed": "the student as it was teaches on public rows, IJCAI 2022",
+    "steady": "ours: der++ on one draw, its labels freed of what a step shows too often",
+}
+"""What :mod:`fedistill.distill.objectives` makes; told here, where torch is not imported."""
 
 BACKENDS: Mapping[str, str] = {
     "serial": "one client after another in this process: the reference semantics",

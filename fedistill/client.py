@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedistill import store
 from fedistill.aggregate.clusters import nearest
 from fedistill.aggregate.rules import softmax, takes
 from fedistill.cache import Said
+from fedistill.course import Met, consolidate
 from fedistill.data.overlap import overlap
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
@@ -79,11 +81,10 @@ class Site:
         self.classes = classes
         self.method = method
         self.seed = seed
+        self.alarm = False
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}
-        own = derive(seed, client.id, "density")
-        self.selector = Selector(method, client.data, proxy, own)
         self.limit = LARGEST_MESSAGE
         self._begin()
         self.notes = list(_observations(client, proxy, len(classes)))
@@ -91,6 +92,8 @@ class Site:
     def _begin(self) -> None:
         """As before the first round."""
         self.clipped = 0
+        self.met: list[Met] = []
+        self._turn_to(0)
         self.run = ""
         self.round = 0
         self.upload = b""
@@ -126,7 +129,7 @@ class Site:
             limit: largest plan accepted, in bytes.
         """
         recipe = method.client_recipe(client.training)
-        learner = new_student(client.build, recipe, proxy, len(classes), seed, device)
+        learner = new_student(client.build, recipe, proxy, len(classes), seed, device, client.make)
         if client.wrap is not None:
             learner = client.wrap(learner)
         site = cls(client, learner, proxy, classes, method, seed)
@@ -146,6 +149,7 @@ class Site:
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
         self.agree(plan)
+        self.arrive(plan)
         self.absorb(plan)
         self.train(plan)
         self.upload, self.refusal = b"", None
@@ -183,6 +187,25 @@ class Site:
         if plan.run == self.run and plan.round < self.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
 
+    def arrive(self, plan: Plan) -> None:
+        """Turn to the rows of the day; new ones test the learner before it learns them."""
+        course = self.client.course
+        if course is None or plan.consolidate:
+            return
+        now = self.met[-1].position if self.met else -1
+        position = course.position(plan.round - plan.extra, now)
+        if position != now:
+            self._turn_to(position)
+            self.met.append(Met.of(position, self.data, self.learner))
+
+    def _turn_to(self, position: int) -> None:
+        """The rows that count as own from now on."""
+        course = self.client.course
+        self.position = position
+        self.data = self.client.data if course is None else course.rows(position)
+        own = derive(self.seed, self.client.id, "density")
+        self.selector = Selector(self.method, self.data, self.proxy, own)
+
     def absorb(self, plan: Plan) -> None:
         """Learn from the last round's soft targets."""
         if self.said is not None:
@@ -213,8 +236,20 @@ class Site:
         return nearest(choices, softmax(self.learner.predict(self.proxy.inputs[rows])))
 
     def train(self, plan: Plan) -> None:
-        """Train on own rows."""
-        self.learner.fit(self.client.data, seed=self._seed(plan, "train"))
+        """Train on own rows; in a round of distillation, on soft targets and what is remembered."""
+        seed = self._seed(plan, "train")
+        before = getattr(self.learner, "passed", 0)
+        if plan.consolidate:
+            consolidate(self.learner, self.data, seed)
+            self.alarm = False
+        else:
+            self.learner.fit(self.data, seed=seed)
+            self.alarm = bool(getattr(self.learner, "alarmed", False))
+        if self.met:
+            now = self.met[-1]
+            trained = now.trained + getattr(self.learner, "passed", 0) - before
+            alarms = getattr(self.learner, "alarms", ()) if self.alarm else now.alarms
+            self.met[-1] = replace(now, trained=trained, alarms=tuple(alarms))
 
     def share(self, plan: Plan) -> Upload:
         """Predict, protect, encode: protection comes before the codec, which is post-processing."""
@@ -243,7 +278,7 @@ class Site:
         self, plan: Plan, answered: Mask, probs: Probs, familiarity: FloatArray | None
     ) -> Upload:
         """The upload: coded predictions and nothing else that is private."""
-        labels = self.client.data.labels
+        labels = self.data.labels
         codes = quantise(self.method.codec, probs, seed=self._seed(plan, "encode"))
         if self.said is not None and len(labels):
             payload = self.said.encode(plan.rows()[answered], codes, plan.round)
@@ -263,6 +298,7 @@ class Site:
             shape=(len(probs), len(self.classes)),
             familiarity=familiarity is not None,
             seen=self._seen() if "seen" in takes(self.method.bound_rule()) else "0",
+            drift=self.alarm if plan.watch else None,
             size=bucket(len(labels)),
             payload=payload,
             declined=pack_mask(~answered) if len(labels) else b"",
@@ -270,7 +306,7 @@ class Site:
         )
 
     def _seen(self) -> str:
-        counts = np.bincount(self.client.data.labels, minlength=len(self.classes))
+        counts = np.bincount(self.data.labels, minlength=len(self.classes))
         return seen_mask(counts > 0)
 
     def _seed(self, plan: Plan, step: str) -> int:
@@ -305,7 +341,7 @@ class Site:
             if not re.fullmatch(CLIENT_ID, plan.run):
                 raise Rejected("run", "the name of the run cannot be that of a folder")
             if self.run not in {"", plan.run}:
-                self.learner.load_state_dict(self.untaught, self.client.data)
+                self.learner.load_state_dict(self.untaught, self.data)
                 self._begin()
             self.path = self.runs / plan.run / "state"
             self._never_back(plan)
@@ -348,6 +384,9 @@ class Site:
             "refusal": refusal,
             "clipped": self.clipped,
         }
+        if self.client.course is not None:
+            facts |= {"position": self.position, "met": [one.facts() for one in self.met]}
+            facts["alarm"] = self.alarm
         store.save_state(self.path, arrays, facts)
 
     def _held(self) -> dict[str, Shelf | Said]:
@@ -379,10 +418,14 @@ class Site:
             arrays, meta, _ = store.load_state(store.previous(self.path))
             note = "state is ahead of the server's, the generation before it was used"
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
-        if isinstance(self.learner, TorchStudent):
+        if "position" in meta:
+            self._turn_to(meta["position"])
+            self.met = [Met.from_facts(one) for one in meta["met"]]
+            self.alarm = meta["alarm"]
+        if type(self.learner) is TorchStudent:
             store.same_names(learner, self.learner.state_dict(), self.client.id)
         try:
-            self.learner.load_state_dict(learner, self.client.data)
+            self.learner.load_state_dict(learner, self.data)
         except KeyError as missing:
             raise CheckpointError(
                 f"the saved state of {self.client.id} belongs to another model (missing "
@@ -408,22 +451,23 @@ def new_student(
     classes: int,
     seed: int,
     device: str = "cpu",
+    make: Callable[..., Learner] | None = None,
 ) -> Learner:
     """An untaught learner from a factory; of one architecture all start from the same weights."""
-    return build_learner(
+    return (make or build_learner)(
         build,
         recipe,
         classes=classes,
         seed=derive(seed, "weights"),
         example=proxy.inputs[:2],
         device=pick_device(device),
-        background=proxy.inputs if recipe.familiarity else None,
+        background=proxy.inputs if recipe.familiarity or make is not None else None,
     )
 
 
 def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:
     """What a user should know about a client's rows before training."""
-    if len(client.data) == 0:
+    if len(client.data) == 0 and client.course is None:
         yield f"{client.id} has no rows of its own: it learns and does not teach"
         return
     met = len(np.unique(client.data.labels))

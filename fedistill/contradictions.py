@@ -116,6 +116,8 @@ def contradictions(settings: Settings, lines: Lines) -> Iterator[Problem]:
 
     yield from _simulation_contradictions(settings, problem)
     yield from _deployment_contradictions(settings, problem)
+    yield from _stream_contradictions(settings, problem)
+    yield from _continual_contradictions(settings, problem)
 
 
 def _simulation_contradictions(
@@ -164,6 +166,65 @@ def _simulation_contradictions(
                 'lost and late clients are simulated by the backend "serial", found '
                 f'"{settings.backend.name}"',
             )
+
+
+def _stream_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What a stream needs, where there is one."""
+    stream = settings.stream
+    if not stream.experiences:
+        return
+    wanted = stream.experiences * max(stream.every, 1)
+    if wanted > settings.rounds:
+        yield problem(
+            "stream.experiences",
+            f"expected at most one a round, {settings.rounds} rounds, found {wanted}: raise rounds",
+        )
+    if stream.order == "own" and stream.shift == "time":
+        yield problem("stream.order", 'time runs one way for all: expected "same", found "own"')
+    if settings.deployment.sites:
+        yield problem(
+            "stream.experiences",
+            "streams are simulated; at real sites rows arrive as files (arrivals in site.toml)",
+        )
+    elif settings.backend.name != "serial":
+        yield problem(
+            "stream.experiences",
+            f'streams are simulated by the backend "serial", found "{settings.backend.name}"',
+        )
+    if settings.attack.kind is not None:
+        yield problem("attack.kind", "bad clients of a stream are not simulated: leave one out")
+    if settings.evaluation.leave_one_out:
+        yield problem(
+            "evaluation.leave_one_out", "expected false with a stream, whose rows are dealt to all"
+        )
+
+
+NEED_MEMORY = ("er", "er-ace", "der", "der++", "a-gem", "gdumb", "steady")
+"""Objectives that are nothing without remembered rows."""
+
+
+def _continual_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What a memory and a detector need."""
+    how, clients = settings.continual, settings.clients
+    if how.objective in NEED_MEMORY and not how.buffer:
+        yield problem(
+            "continual.buffer", f"{how.objective} replays remembered rows, found room for 0"
+        )
+    if how.quorum and how.drift is None:
+        yield problem("continual.drift", "a quorum of alarms needs a detector, found none")
+    if clients.partition != "by-column" and how.quorum > clients.count:
+        yield problem(
+            "continual.quorum",
+            f"expected at most clients.count ({clients.count}), found {how.quorum}",
+        )
+    if how.drift is not None and how.on == "predictions" and how.drift != "mmd":
+        yield problem("continual.on", f"{how.drift} watches one number a row, mmd all predictions")
+    if settings.method.preset in {"centralised", "local"} and how.quorum:
+        yield problem("continual.quorum", "a baseline in which nobody shares has no quorum")
 
 
 def _deployment_contradictions(

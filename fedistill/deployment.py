@@ -19,9 +19,10 @@ from typing import BinaryIO
 import numpy as np
 
 from fedistill import config, store
-from fedistill.assembly import method_of, model_factory, recipe
+from fedistill.assembly import maker, method_of, model_factory, recipe
 from fedistill.client import Client, Site
 from fedistill.config import DataSettings, Settings, SiteSettings, TrainSettings
+from fedistill.course import Course
 from fedistill.data import Federated
 from fedistill.data.files import find_files
 from fedistill.data.npz import load_arrays
@@ -29,6 +30,7 @@ from fedistill.data.site import Public, read_public, split
 from fedistill.distill.learner import Learner
 from fedistill.errors import DataError, Problem, Rejected, RunError, SettingsError, did_you_mean
 from fedistill.exchange import EXCHANGES
+from fedistill.incoming import Incoming
 from fedistill.log import event
 from fedistill.settings import OwnDataSettings
 from fedistill.tables import TableSite
@@ -202,6 +204,8 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
         rows,
         test if len(test) else None,
         recipe(training),
+        course=incoming(folder, settings, agreed, public, rows),
+        make=maker(agreed, settings.id),
     )
     method = method_of(agreed)
     kind = TableSite if method.exchange in EXCHANGES else Site
@@ -219,6 +223,23 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
     return workplace
 
 
+def incoming(
+    folder: Path, settings: SiteSettings, agreed: Settings, public: Public, rows: Rows
+) -> Course | None:
+    """The course of a site where rows arrive as files; None where they stay as they are."""
+    source = settings.data.arrivals
+    if not source:
+        return None
+    place = folder.absolute()
+
+    def read(one: str) -> Rows:
+        with contextlib.chdir(place):
+            return public.own(one, own_data(settings, agreed))
+
+    index = place / STATE / "arrivals.json"
+    return Incoming(rows, source, place / settings.data.path, index, read)
+
+
 def site_training(settings: SiteSettings, agreed: Settings) -> TrainSettings:
     """How the site trains: as all clients do, but for what it sets itself."""
     names = [item.name for item in dataclasses.fields(TrainSettings)]
@@ -234,7 +255,7 @@ def own_data(settings: SiteSettings, agreed: Settings) -> DataSettings:
     own = {
         item.name: getattr(settings.data, item.name)
         for item in dataclasses.fields(OwnDataSettings)
-        if getattr(settings.data, item.name) is not None
+        if item.name != "arrivals" and getattr(settings.data, item.name) is not None
     }
     return dataclasses.replace(agreed.data, **own)
 

@@ -75,6 +75,8 @@ def check_terms(upload: Upload, plan: Plan, *, shares: str, codec: str, familiar
         raise Rejected("temperature", "expected predictions at temperature 1")
     if upload.familiarity != familiarity:
         raise Rejected("fields", "familiarity is expected by the rule, or is not")
+    if (upload.drift is not None) != plan.watch:
+        raise Rejected("fields", "an alarm bit is expected by the plan, or is not")
 
 
 def check_shape(upload: Upload, expected: tuple[int, int], *, partial: bool) -> None:

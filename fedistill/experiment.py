@@ -23,8 +23,10 @@ from fedistill.backends.unreliable import unreliable
 from fedistill.client import Site
 from fedistill.config import MethodSettings, Settings
 from fedistill.data import Federated
+from fedistill.data.stream import streams
 from fedistill.errors import CheckpointError, DataError, QuorumError, RunError, SettingsError
 from fedistill.federation import Federation
+from fedistill.journal import STREAM
 from fedistill.log import event, events_to
 from fedistill.presets import Method
 from fedistill.presets import method as preset
@@ -153,9 +155,11 @@ def run_repeats(
         "repeats": len(summaries),
         "seeds": [entry["seed"] for entry in summaries],
     }
-    store.save_lines(
-        folder / "rounds.jsonl", [average(rows) for rows in zip(*histories, strict=False)]
-    )
+    merged = [average(rows) for rows in zip(*histories, strict=False)]
+    lines = [row.pop("experience") for row in merged if "experience" in row]
+    store.save_lines(folder / "rounds.jsonl", merged)
+    if lines:
+        store.save_lines(folder / STREAM, lines)
     store.save_json(folder / "summary.json", summary)
     return summary
 
@@ -203,7 +207,11 @@ def rows_of(settings: Settings) -> Federated:
     """Everybody's rows in a simulation; in a federation of real sites, the public ones."""
     if settings.deployment.sites:
         return deployment.coordinated(settings)
-    return data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+    found = data.prepare(settings.data, settings.proxy, settings.clients, settings.seed)
+    if not settings.stream.experiences:
+        return found
+    stream = streams(found.parts, found.dataset.test, settings.stream, settings.seed)
+    return dataclasses.replace(found, stream=stream)
 
 
 def without(site: str, federated: Federated, settings: Settings) -> Federated:

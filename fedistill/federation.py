@@ -18,6 +18,8 @@ import numpy as np
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.client import Client, Member, Site, new_student
+from fedistill.course import Timetable
+from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, QuorumError
@@ -30,6 +32,7 @@ from fedistill.models import threads as computing
 from fedistill.presets import Method
 from fedistill.presets import method as preset
 from fedistill.server import Combined, Server
+from fedistill.streamed import Streamed, experience_line, summary_of
 from fedistill.tables import TableServer, TableSite
 from fedistill.tally import Tally
 from fedistill.types import IntArray, ProxySet, Rows
@@ -39,6 +42,9 @@ ATTEMPTS = 3
 """Tries of a round without quorum before the run gives up."""
 PAUSE = 0.05
 """Seconds before the first new try; doubled for each further one."""
+
+UNSAID = {"seconds", "experience"}
+"""Figures of a round that a summary leaves out."""
 
 Row = dict[str, Any]
 Progress = Callable[[str, int, int], None]
@@ -63,6 +69,8 @@ class Federation:
         limit: largest message accepted, in bytes.
         anchors: ``[rows]`` labels of proxy rows that the server knows, -1 elsewhere; no client is
             told them.
+        stream: what clients with a course meet, and the test rows of it.
+        alarm_quorum: alarms in one round that are followed by an extra round of distillation.
 
     Raises:
         DataError: no clients, equal ids, or labels outside the classes.
@@ -85,7 +93,10 @@ class Federation:
         device: str = "auto",
         limit: int = 64 << 20,
         anchors: IntArray | None = None,
+        stream: Streamed | None = None,
+        alarm_quorum: int = 0,
     ) -> None:
+        self.stream = stream
         self.method = preset(method) if isinstance(method, str) else method
         self.members: Sequence[Client | Member] = list(clients)
         self.clients = [client for client in clients if isinstance(client, Client)]
@@ -126,6 +137,7 @@ class Federation:
             quorum=quorum,
             limit=limit,
             anchors=anchors,
+            alarm_quorum=alarm_quorum,
         )
         self._student_factory = student
 
@@ -165,14 +177,17 @@ class Federation:
             self._begin(journal, resume)
             asked = backend(self.sites)
             self._announce(rounds)
-            for number in range(self.server.round + 1, rounds + 1):
+            for number in self._numbers(rounds):
                 started = time.monotonic()
                 plan, tally, combined = self._exchange(asked, number, progress)
                 progress("student", 0, 1)
                 self.server.distil(plan)
-                due = number in {1, rounds} or number % measure_every == 0
+                regular = number - plan.extra
+                due = regular in {1, rounds} or regular % measure_every == 0
                 row = self._row(plan, tally, combined, test, self.sites if due else {})
                 row["seconds"] = round(time.monotonic() - started, 3)
+                if "experience" in row:
+                    row["experience"]["seconds"] += row["seconds"]
                 self.history.append(row)
                 journal.save(self.server, self.history)
                 told = ("bytes_up", "bytes_down", "seconds")
@@ -186,6 +201,11 @@ class Federation:
                 )
                 yield row
             event("run_done", run=self.server.run, round=self.server.round)
+
+    def _numbers(self, rounds: int) -> Iterator[int]:
+        """The rounds still to come; each round of distillation after alarms is one more."""
+        while self.server.round < rounds + self.server.extra + self.server.alarmed:
+            yield self.server.round + 1
 
     def _announce(self, rounds: int) -> None:
         """Tell the log that the run begins, or goes on."""
@@ -232,7 +252,7 @@ class Federation:
                 )
                 time.sleep(PAUSE * 2**attempt)
                 continue
-            self.server.close(plan, tally.seen)
+            self.server.close(plan, tally.seen, len(combined.alarms))
             return plan, tally, combined
         self.server.vigilance.note_all(plan.clients, tally.seen if tally else ())
         raise missed
@@ -252,9 +272,7 @@ class Federation:
         measured = {n: site for n, site in measured.items() if site.client.wrap is None}
         own = [site.client.test for site in self.sites.values() if site.client.test is not None]
         common = [test] if test is not None else []
-        pooled = self.method.exchange == "rows"
-        student = self.sites["pooled"].learner if pooled else self.server.student
-        figures = measure_student(student, own or common) | measure_clients(measured, test)
+        figures = measure_student(self._student(), own or common) | measure_clients(measured, test)
         return {
             "round": plan.round,
             **figures,
@@ -269,7 +287,25 @@ class Federation:
             "target_entropy": combined.target_entropy,
             "dropped": tally.dropped,
             "flags": self._flags(plan, combined),
+            **self._streamed(plan, combined),
         }
+
+    def _student(self) -> Learner | None:
+        """The student of the whole: the server's, or where all rows are pooled, theirs."""
+        pooled = self.method.exchange == "rows"
+        return self.sites["pooled"].learner if pooled else self.server.student
+
+    def _streamed(self, plan: Plan, combined: Combined) -> Row:
+        """What a round says of rows that change; nothing where they do not."""
+        if self.stream is None:
+            return {}
+        row: Row = {"alarms": list(combined.alarms), "extra": plan.consolidate}
+        ended = self.stream.ends_in(plan.round - plan.extra)
+        if ended is not None and not plan.consolidate:
+            row["experience"] = experience_line(
+                self.stream, ended, plan.round, self.sites, self._student(), self.history
+            )
+        return row
 
     def _flags(self, plan: Plan, combined: Combined) -> dict[str, list[str]]:
         """Remarks on single clients, from what they sent and from whether they answer."""
@@ -341,6 +377,7 @@ class Federation:
             "proxy rows in a round": str(min(self.server.per_round, len(self.proxy))),
             "classes": ",".join(self.classes),
             "codec": self.method.codec,
+            "stream": "" if self.stream is None else f"{self.stream.names} {self.stream.ends[:-1]}",
             "clients": ",".join(
                 f"{member.id}:{bucket(len(member.data))}"
                 if isinstance(member, Client)
@@ -377,7 +414,9 @@ class Federation:
         down = sum(row["bytes_down"] for row in self.history) / asked if asked else 0.0
         fedavg = self.fedavg_bytes()
         saving = round(2 * fedavg / (up + down), 3) if fedavg and up + down else None
-        last = {k: v for k, v in self.history[-1].items() if k != "seconds"} if self.history else {}
+        last = (
+            {k: v for k, v in self.history[-1].items() if k not in UNSAID} if self.history else {}
+        )
         rule, exchange = self.method.rule, self.method.exchange
         return {
             **last,
@@ -404,7 +443,14 @@ class Federation:
             "soft_targets_sha256": self.server.digest(),
             "privacy": {"mechanism": "none", "statement": "no differential privacy"},
             "notes": self.notes,
+            **self._stream_summary(),
         }
+
+    def _stream_summary(self) -> Row:
+        if self.stream is None:
+            return {}
+        lines = [row["experience"] for row in self.history if "experience" in row]
+        return {"stream": summary_of(lines, same=self.stream.same)}
 
 
 def _declared(member: Client | Member, exchange: str) -> int | None:
@@ -416,7 +462,8 @@ def _declared(member: Client | Member, exchange: str) -> int | None:
 
 
 def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
-    labels = [int(client.data.labels.max()) for client in clients if len(client.data)]
+    parts = [rows for client in clients for rows in client.experiences()]
+    labels = [int(rows.labels.max()) for rows in parts if len(rows)]
     return tuple(str(label) for label in range(max(labels, default=0) + 1))
 
 
@@ -435,8 +482,8 @@ def _check_members(members: Sequence[Client | Member], exchange: str) -> None:
 
 
 def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> None:
-    for client in clients:
-        labels, inputs = client.data.labels, client.data.inputs
+    for client, rows in [(one, rows) for one in clients for rows in one.experiences()]:
+        labels, inputs = rows.labels, rows.inputs
         if len(inputs) and inputs.shape[1:] != proxy.inputs.shape[1:]:
             raise DataError(
                 f"{client.id}: rows must have the shape of proxy rows, {proxy.inputs.shape[1:]}, "
@@ -457,8 +504,19 @@ def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> 
 
 
 def _pooled(clients: Sequence[Client]) -> list[Client]:
-    """All rows at one client, with the first client's model."""
-    inputs = np.concatenate([client.data.inputs for client in clients])
-    labels = np.concatenate([client.data.labels for client in clients])
+    """All rows at one client, with the first client's model; of a stream, by position."""
     first = clients[0]
-    return [Client("pooled", first.build, Rows(inputs, labels), None, first.training)]
+    met = [client.experiences() for client in clients]
+    together = tuple(
+        Rows(
+            np.concatenate([rows.inputs for rows in parts]),
+            np.concatenate([rows.labels for rows in parts]),
+        )
+        for parts in zip(*met, strict=True)
+    )
+    course = None
+    if isinstance(first.course, Timetable):
+        course = Timetable(together, first.course.starts)
+    return [
+        Client("pooled", first.build, together[0], None, first.training, None, course, first.make)
+    ]

@@ -1,6 +1,7 @@
 """What a run leaves on disk so that it can be killed at any instant and go on.
 
-The server's checkpoint is the truth: it holds the history, of which ``rounds.jsonl`` is a view.
+The server's checkpoint is the truth: it holds the history, of which ``rounds.jsonl`` and
+``stream.jsonl`` are views.
 Every site keeps its own state beside it, with the answer of its last round.
 """
 
@@ -18,6 +19,8 @@ from fedistill.errors import CheckpointError
 from fedistill.server import Server
 
 Row = dict[str, Any]
+STREAM = "stream.jsonl"
+"""A line for each experience of a stream: a view of the history, as ``rounds.jsonl`` is."""
 
 
 class Journal:
@@ -82,7 +85,7 @@ class Journal:
         """Take away what an earlier run left, the server's state first: it is what resumes."""
         if self.folder is None:
             return
-        old = [self._server(), self.folder / "rounds.jsonl"]
+        old = [self._server(), self.folder / "rounds.jsonl", self.folder / STREAM]
         old += [site.path for site in sites.values() if site.path is not None]
         for path in old:
             store.remove(path)
@@ -102,4 +105,8 @@ class Journal:
 
     def _write_rounds(self, history: Sequence[Row]) -> None:
         assert self.folder is not None
-        store.save_lines(self.folder / "rounds.jsonl", list(history))
+        rounds = [{k: v for k, v in row.items() if k != "experience"} for row in history]
+        store.save_lines(self.folder / "rounds.jsonl", rounds)
+        lines = [row["experience"] for row in history if "experience" in row]
+        if lines or (self.folder / STREAM).exists():
+            store.save_lines(self.folder / STREAM, lines)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedistill.course import Course, Timetable
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import DataError
@@ -25,6 +26,9 @@ class Client:
         test: own test rows; without them the run's common test rows are used.
         training: how it trains on its own rows.
         wrap: what is put around its learner, where a simulation needs a bad client.
+        course: rows that change from round to round; None: they stay. ``data`` is the first
+            experience then.
+        make: from factory and recipe to learner, for one that is more than its model.
     """
 
     id: str
@@ -33,9 +37,15 @@ class Client:
     test: Rows | None = None
     training: Recipe = field(default_factory=Recipe)
     wrap: Callable[[Learner], Learner] | None = None
+    course: Course | None = None
+    make: Callable[..., Learner] | None = None
 
     def __post_init__(self) -> None:
         check_id(self.id)
+
+    def experiences(self) -> tuple[Rows, ...]:
+        """All rows that are known beforehand."""
+        return self.course.experiences if isinstance(self.course, Timetable) else (self.data,)
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,16 @@ def factory(
                 f"{'x'.join(map(str, shape))}: use mlp or linear"
             )
         return partial(CNN, shape[0], classes, width=width)
+    if name == "sequential":
+        if len(shape) != 1:
+            raise _unfit(
+                f"sequential takes the last clicks of a session, the rows are "
+                f"{'x'.join(map(str, shape))}: use a sessions: source"
+            )
+        # Imported late: recommenders stand on the optimizer, which stands beside this module.
+        from fedistill.recommend.models import SequentialRecommender
+
+        return partial(SequentialRecommender, classes, width=width)
     classic = {
         "gradient-boosting": gradient_boosting,
         "hist-gradient-boosting": hist_gradient_boosting,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fedistill import config, deployment
-from fedistill.assembly import assemble, method_of
+from fedistill.assembly import assemble, every, method_of
 from fedistill.config import Settings
 from fedistill.data import Federated
 from fedistill.exchange import EXCHANGES, Exchange
@@ -45,9 +45,36 @@ def describe(settings: Settings) -> Iterator[str]:
     yield f"test      {len(dataset.test)} rows"
     yield f"method    {chosen.name}: {chosen.summary}"
     yield from _choices(settings, chosen, asked)
+    yield from _stream(settings, federated)
     yield f"rounds    {settings.rounds}, seed {settings.seed}, backend {settings.backend.name}"
     yield from _bytes(chosen, asked, len(dataset.classes), federation.fedavg_bytes())
     yield "privacy   no differential privacy (projected epsilon: infinite)"
+
+
+def _stream(settings: Settings, federated: Federated) -> Iterator[str]:
+    """What changes, and what clients do about it."""
+    stream = federated.stream
+    if stream is not None:
+        met = "each client in its own order" if settings.stream.order == "own" else "in this order"
+        shown = ", ".join(stream.names[:6]) + (", ..." if len(stream.names) > 6 else "")
+        yield (
+            f"stream    {len(stream.names)} experiences ({settings.stream.shift}, "
+            f"{settings.stream.course}), {every(settings)} rounds each, {met}"
+        )
+        yield f"          {shown}"
+    yield from _memory(settings)
+
+
+def _memory(settings: Settings) -> Iterator[str]:
+    """What clients remember, what a step minimises, what watches for drift."""
+    how = settings.continual
+    if how.buffer:
+        yield f"memory    {how.buffer} own rows a client ({how.policy}), which stay at the client"
+    if how.active:
+        yield f"          objective {how.objective or ('er' if how.buffer else 'fine-tune')}"
+    if how.drift is not None:
+        then = f"; {how.quorum} alarms make an extra round" if how.quorum else ""
+        yield f"drift     {how.drift} on {how.on}{then}"
 
 
 def _choices(settings: Settings, chosen: Method, asked: int) -> Iterator[str]:
@@ -89,7 +116,7 @@ def describe_site(folder: Path) -> Iterator[str]:
     """What a real site will do: its rows, its model, what it shares; trains nothing."""
     place = deployment.open_site(folder)
     site, agreed = place.site, place.agreed
-    rows, classes = site.client.data, len(site.classes)
+    rows, classes = site.data, len(site.classes)
     training = deployment.site_training(place.settings, agreed)
     asked = min(agreed.proxy.per_round or len(site.proxy), len(site.proxy))
     met = len(np.unique(rows.labels))
@@ -105,6 +132,9 @@ def describe_site(folder: Path) -> Iterator[str]:
         f"{asked} asked in a round"
     )
     yield f"method    {site.method.name}: {site.method.summary}"
+    if place.settings.data.arrivals:
+        yield f"arrivals  {place.settings.data.arrivals}: a file a round, each an experience"
+    yield from _memory(agreed)
     yield from (f"note      {note}" for note in site.notes)
     exchange = EXCHANGES.get(site.method.exchange)
     if exchange is None:

@@ -63,6 +63,7 @@ class Combined:
     target_entropy: float | None = None
     flags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     epsilon_max: float | None = None
+    alarms: Sequence[str] = ()
 
 
 class Server:
@@ -80,6 +81,8 @@ class Server:
         quorum: fewest teachers of a round; 0 stands for 3, or as many as can be asked at once.
         limit: largest message accepted, in bytes.
         anchors: ``[rows]`` labels of proxy rows that the server knows, -1 elsewhere.
+        alarm_quorum: clients whose new rows set off an alarm in one round that make the next one a
+            round of distillation; 0: alarms are not asked for.
     """
 
     shares = "probs"
@@ -99,6 +102,7 @@ class Server:
         quorum: int = 0,
         limit: int = 64 << 20,
         anchors: IntArray | None = None,
+        alarm_quorum: int = 0,
     ) -> None:
         self.proxy = proxy
         self.classes = classes
@@ -115,6 +119,9 @@ class Server:
         self.student_rule = method.bound_student_rule()
         self.run = secrets.token_hex(8)
         self.round = 0
+        self.alarm_quorum = alarm_quorum
+        self.extra = 0
+        self.alarmed = False
         size = len(proxy), len(classes)
         self.table = np.zeros(size, dtype=np.float32)
         self.stamp = np.zeros(len(proxy), dtype=np.int64)
@@ -156,7 +163,15 @@ class Server:
             clients=clients,
             quorum=self.quorum,
             own=own_fields(self.cache, self.heard, clients, self.targets),
+            **self._watch(),
         )
+
+    def _watch(self) -> dict[str, Any]:
+        """What a plan says of drift: nothing, where it is not watched for."""
+        if not self.alarm_quorum:
+            return {}
+        extra = self.extra + self.alarmed
+        return {"extra": extra, "consolidate": self.alarmed, "watch": True}
 
     def _ask(self, number: int) -> RowSpec:
         """The rows of a round: drawn for it, or always those of the first."""
@@ -275,6 +290,7 @@ class Server:
             target_entropy=entropy(lesson[clear]) if clear.any() else None,
             flags=flags,
             epsilon_max=_largest([answer.upload.epsilon for answer in answers]),
+            alarms=alarmed(answers),
         )
 
     def _ask_rules(
@@ -369,9 +385,11 @@ class Server:
             payload=b"" if self.cache is not None else delta_encode(codec, codes),
         )
 
-    def close(self, plan: Plan, answered: Collection[str]) -> None:
-        """The round is done: remember it, and who answered."""
+    def close(self, plan: Plan, answered: Collection[str], alarms: int = 0) -> None:
+        """The round is done: remember it, who answered, and how many alarms there were."""
         self.round = plan.round
+        self.extra = plan.extra
+        self.alarmed = bool(self.alarm_quorum) and alarms >= self.alarm_quorum
         self.vigilance.note_all(plan.clients, answered)
         if self.method.late:  # else none are of use, and every round is new to it
             self.latecomers.close(plan, self._let_in)
@@ -427,6 +445,8 @@ class Server:
         facts: dict[str, Any] = {"run": self.run, "round": self.round}
         facts["vigilance"] = self.vigilance.state_dict()
         facts["enrolled"] = self.enrolled
+        if self.alarm_quorum:
+            facts["drift"] = [self.extra, self.alarmed]
         for name, part in self._held().items():
             arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
             facts[name] = part.facts()
@@ -454,9 +474,10 @@ class Server:
         self.table, self.stamp = np.array(arrays["table"]), np.array(arrays["stamp"])
         self.vigilance.load_state_dict(facts["vigilance"])
         self.enrolled |= facts.get("enrolled", {})
+        self.extra, self.alarmed = facts.get("drift", [0, False])
         if self.student is not None:
             saved = {k[8:]: v for k, v in arrays.items() if k.startswith("student.")}
-            if isinstance(self.student, TorchStudent):
+            if type(self.student) is TorchStudent:
                 same_names(saved, self.student.state_dict(), "the student")
             self.student.load_state_dict(saved, self._no_rows())
         for name, part in self._held().items():
@@ -468,6 +489,11 @@ class Server:
         if "targets" in facts:
             parts = [arrays[name].tobytes() for name in TARGET_PARTS]
             self.targets = Targets.read_header(facts["targets"], parts)
+
+
+def alarmed(answers: Sequence[Answer]) -> list[str]:
+    """Clients whose new rows set off an alarm, in order."""
+    return sorted(a.upload.client for a in answers if a.upload.drift and not a.age)
 
 
 def _largest(epsilons: Sequence[float | None]) -> float | None:

@@ -77,6 +77,10 @@ class DataSettings:
     positive_above: float | None = setting(
         None, "make two classes: 1 where the label is above this number"
     )
+    history: int = setting(20, "sessions: the clicks before the next that are looked at", low=1)
+    items: int = setting(
+        1000, "sessions: how many of the most frequent items make the catalogue; 0: all", low=0
+    )
     scale: str = setting(
         "auto",
         "standard (mean 0, deviation 1), centred ([0,255] to [-1,1]), unit (largest is 1), none; "
@@ -269,6 +273,104 @@ class StudentSettings(TrainOverrides):
     """
 
 
+COURSES = ("abrupt", "gradual", "recurring")
+ORDERS = ("same", "own")
+TEACHERS = ("none", "ema", "self")
+WATCHED = ("entropy", "confidence", "margin", "predictions", "error", "loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamSettings:
+    """How the clients' rows change while the federation runs."""
+
+    experiences: int = setting(0, "units of the stream; 0: the rows stay as they are", low=0)
+    shift: str = setting("time", "what makes experiences differ", choices="shifts")
+    course: str = setting(
+        "abrupt",
+        "abrupt; gradual: neighbours overlap; recurring: what was comes back",
+        choices=COURSES,
+    )
+    overlap: float = setting(
+        0.2, "gradual: share of an experience that mixes with the next", above=0, high=0.5
+    )
+    first: float = setting(
+        0.0, "time: share of the rows in the first experience; 0: as in the others", low=0, high=1
+    )
+    degrees: float = setting(180.0, "rotation: the largest angle", low=0, high=360)
+    alpha: float = setting(
+        0.3, "label-prior: the smaller, the more the class shares change", above=0
+    )
+    strength: float = setting(1.0, "covariate: how far the inputs move, in deviations", low=0)
+    order: str = setting(
+        "same", "clients meet the experiences in the same order, or each in its own", choices=ORDERS
+    )
+    every: int = setting(0, "rounds of an experience; 0: rounds / experiences, rounded down", low=0)
+    lag: int = setting(0, "rounds by which each client's shifts come after the last's", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualSettings:
+    """How clients keep what they learned: what they remember, and what a step minimises."""
+
+    buffer: int = setting(0, "own rows that a client remembers; 0: none", low=0)
+    policy: str = setting("reservoir", "which of its rows stay", choices="policies")
+    draw: str = setting(
+        "uniform",
+        "which are replayed: uniform, balanced, mir",
+        choices=("uniform", "balanced", "mir"),
+    )
+    max_uses: int = setting(0, "uses after which a remembered row leaves; 0: no limit", low=0)
+    objective: str | None = setting(
+        None,
+        "what a step minimises; not set: er with a buffer, new rows alone without",
+        choices="objectives",
+    )
+    replay_rows: int | None = setting(
+        None, "remembered (cfed: public) rows in a step; not set: the objective's own", low=1
+    )
+    alpha: float | None = setting(None, "der, der++, steady: weight of logits", low=0)
+    beta: float | None = setting(None, "der++, steady: weight of remembered labels", low=0)
+    weight: float | None = setting(None, "lwf, cfed: weight of the teacher", low=0)
+    learns: float | None = setting(
+        None, "cfed: share of the rounds in which a client learns new rows", low=0, high=1
+    )
+    distils: float | None = setting(
+        None, "cfed: share of the rounds in which a client distils", low=0, high=1
+    )
+    teacher: str = setting(
+        "none",
+        "who teaches besides: none (or whom the objective asks for); ema, an average of the "
+        "student; self, the student before the experience",
+        choices=TEACHERS,
+    )
+    teacher_weight: float = setting(0.1, "of a teacher that the objective does not ask for", low=0)
+    decay: float = setting(0.99, "of the average that teaches", low=0, high=1)
+    drift: str | None = setting(
+        None, "what watches the predictions on new rows; not set: nothing", choices="detectors"
+    )
+    on: str = setting(
+        "entropy",
+        "what it watches: entropy, confidence, margin, predictions (mmd), error, loss",
+        choices=WATCHED,
+    )
+    on_drift: str = setting(
+        "consolidate",
+        "what a client does after an alarm: consolidate on what it remembers, forget it (where "
+        "labels mean something else now), nothing",
+        choices=("consolidate", "forget", "nothing"),
+    )
+    quorum: int = setting(
+        0,
+        "clients with an alarm in one round that make the next a round of distillation; 0: none",
+        low=0,
+    )
+
+    @property
+    def active(self) -> bool:
+        """Whether clients do more than train on the rows of the day."""
+        return bool(self.buffer or self.objective or self.drift) or self.teacher != "none"
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
     """Differential privacy of what a client shares."""
@@ -341,6 +443,8 @@ class Settings:
     clients: ClientsSettings = setting(ClientsSettings, "")
     method: MethodSettings = setting(MethodSettings, "")
     student: StudentSettings = setting(StudentSettings, "")
+    stream: StreamSettings = setting(StreamSettings, "")
+    continual: ContinualSettings = setting(ContinualSettings, "")
     privacy: PrivacySettings = setting(PrivacySettings, "")
     attack: AttackSettings = setting(AttackSettings, "")
     backend: BackendSettings = setting(BackendSettings, "")
@@ -356,6 +460,11 @@ class OwnDataSettings:
         "", "csv:, npz:, parquet:, idx: and a name; empty: no rows, it only learns"
     )
     path: str = setting(".", "folder that the sources start from; .: that of site.toml")
+    arrivals: str = setting(
+        "",
+        "source and pattern of files that come between rounds, such as csv:incoming/*.csv: each is "
+        "the next experience, in the order of names",
+    )
     test: str = setting("", "source of own test rows; empty: a share of the rows is held out")
     test_rows: int | float = setting(
         0.2, "rows held out to test the student on: a count, or a share below 1; 0: none", low=0

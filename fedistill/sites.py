@@ -114,7 +114,7 @@ def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     A number that some tables lack (an AUC where a test part has one class) is the mean of those
     that have it, with their count as ``KEY_n``. Whole numbers that agree stay whole. Nested tables
-    are averaged alike.
+    are averaged alike, and lists of equally many numbers place by place.
     """
     merged: dict[str, Any] = {}
     for key in dict.fromkeys(key for entry in entries for key in entry):
@@ -123,6 +123,8 @@ def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             merged[key] = None
         elif all(isinstance(value, Mapping) for value in values):
             merged[key] = average(values)
+        elif all(map(_is_list, values)) and len(set(map(len, values))) == 1:
+            merged[key] = np.mean(np.array(values, dtype=np.float64), axis=0).tolist()
         elif all(_is_number(value) for value in values):
             numbers = np.array(values, dtype=np.float64)
             merged[key] = values[0] if np.ptp(numbers) == 0 else float(numbers.mean())
@@ -133,6 +135,10 @@ def average(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             merged[key] = values[0]
     return merged
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_number, value))
 
 
 def _is_number(value: Any) -> bool:

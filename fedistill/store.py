@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def save_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def save_lines(path: Path, rows: list[Mapping[str, Any]]) -> None:
+def save_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines, atomically."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
     write_atomic(path, text.encode())

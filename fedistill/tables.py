@@ -19,7 +19,7 @@ from fedistill.door import Answer, check_shape
 from fedistill.errors import Problem, QuorumError, Rejected, RunError, SettingsError
 from fedistill.exchange import EXCHANGES, Exchange, means_of_others
 from fedistill.seeding import derive
-from fedistill.server import Combined, Server
+from fedistill.server import Combined, Server, alarmed
 from fedistill.types import FloatArray, IntArray, State, fingerprint_classes
 from fedistill.wire.messages import Plan, RowSpec, Upload, bucket
 from fedistill.wire.table import Table
@@ -56,7 +56,7 @@ class TableSite(Site):
 
     def share(self, plan: Plan) -> Upload:
         """The own table after training; a client without rows of its own sends none."""
-        rows = self.client.data
+        rows = self.data
         table = Table(np.empty((0, 0), dtype=np.float32))
         if len(rows):
             classes = len(self.classes)
@@ -76,6 +76,7 @@ class TableSite(Site):
             size=bucket(len(rows)),
             payload=values,
             declined=absent,
+            drift=self.alarm if plan.watch else None,
         )
 
     def _public(self, plan: Plan) -> FloatArray:
@@ -123,6 +124,7 @@ class TableServer(Server):
             clients=clients,
             quorum=self.quorum,
             own={n: {"table": Table(self.own[n])} for n in clients if n in self.own},
+            **self._watch(),
         )
 
     def _ask(self, number: int) -> RowSpec:
@@ -180,7 +182,7 @@ class TableServer(Server):
             self.own = {a.upload.client: t for a, t in zip(teachers, others, strict=True)}
         if self.student is not None and self.exchange.start is not None:
             self.exchange.apply(self.student, self.common, self.proxy.inputs[plan.ask.rows()])
-        return Combined(flags={name: ["width"] for name in odd})
+        return Combined(flags={name: ["width"] for name in odd}, alarms=alarmed(answers))
 
     def distil(self, plan: Plan | None = None) -> None:
         """Nothing: a table teaches nobody without own rows."""

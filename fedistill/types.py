@@ -32,12 +32,14 @@ class Rows:
         labels: ``[n]`` int64, class numbers from 0.
         ids: ``[n]`` int64 row numbers in the source, to prove that no row is used twice.
         site: ``[n]`` strings, the value of the site column, where the source has one.
+        subject: ``[n]`` strings, whose row it is, where the source says so; ``""`` is nobody.
     """
 
     inputs: FloatArray
     labels: IntArray
     ids: IntArray | None = None
     site: npt.NDArray[np.str_] | None = None
+    subject: npt.NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -73,6 +75,7 @@ class Rows:
             labels=self.labels[index],
             ids=None if self.ids is None else self.ids[index],
             site=None if self.site is None else self.site[index],
+            subject=None if self.subject is None else self.subject[index],
         )
 
 

@@ -191,7 +191,7 @@ def test_zero_is_a_number_and_not_an_absence(zero):
         ),
         (
             "[backend]\nname = 'flower'\n[clients]\nstragglers = 0.1",
-            'clients.stragglers: lost and late clients are simulated by the backend "serial"',
+            "clients.stragglers: lost and late clients are simulated by the backend",
         ),
     ],
 )
@@ -438,3 +438,57 @@ def test_a_site_file_is_told_from_that_of_an_experiment():
         assert config.speaks_of_a_site(told)
     for told in (to_toml(Settings()), to_toml(Settings(), config.comment), "", "[data]\nid = 1\n"):
         assert not config.speaks_of_a_site(told)
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "rounds = 3\n[stream]\nexperiences = 5",
+            "stream.experiences: expected at most",
+        ),
+        (
+            "[stream]\nexperiences = 5\nevery = 3",
+            "stream.experiences: expected at most",
+        ),
+        ('[stream]\nexperiences = 2\norder = "own"', "stream.order: time runs one way for all"),
+        (
+            '[stream]\nexperiences = 2\n[attack]\nkind = "fdla"\ncount = 1',
+            "attack.kind: bad",
+        ),
+        (
+            "[stream]\nexperiences = 2\n[evaluation]\nleave_one_out = true",
+            "evaluation.leave_one_out",
+        ),
+        (
+            '[stream]\nexperiences = 2\n[backend]\nname = "flower"',
+            "by the backend",
+        ),
+        ('[stream]\nexperiences = 2\nshift = "rotations"', 'did you mean "rotation"?'),
+        ('[continual]\nobjective = "der"', "continual.buffer: der replays remembered rows"),
+        ('[continual]\nobjective = "dre"', 'did you mean "der"?'),
+        ("[continual]\nquorum = 2", "continual.drift: a quorum of alarms needs a detector"),
+        ('[continual]\ndrift = "adwin"\nquorum = 9', "continual.quorum: expected at most"),
+        (
+            '[continual]\ndrift = "adwin"\non = "predictions"',
+            "continual.on: adwin",
+        ),
+        (
+            '[method]\npreset = "centralised"\n[continual]\ndrift = "adwin"\nquorum = 2',
+            "a baseline in which nobody shares has no quorum",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_is_refused(text, told):
+    assert any(told in problem for problem in problems(text))
+
+
+def test_memories_are_named_for_every_objective_that_needs_one():
+    from fedistill.contradictions import NEED_MEMORY
+    from fedistill.distill.objectives import OBJECTIVES
+
+    draws = {name for name, make in OBJECTIVES.items() if getattr(make(), "draws", (1,))}
+    assert set(NEED_MEMORY) == draws | {"gdumb"}

@@ -58,3 +58,10 @@ def test_a_site_is_shown_against_everything_that_could_serve_it():
         "mean single other": 0.25,
     }
     assert (table["b"]["rows"], table["b"]["classes_seen"]) == (6, 1)
+
+
+def test_lists_of_numbers_are_averaged_place_by_place_and_others_are_the_first():
+    merged = average([{"a": [1, 2], "b": ["x"]}, {"a": [3, 4], "b": ["y"]}])
+    assert merged == {"a": [2.0, 3.0], "b": ["x"]}
+    assert average([{"a": [1, 2]}, {"a": [3]}]) == {"a": [1, 2]}
+    assert average([{"a": [1, None]}, {"a": [3, 4]}]) == {"a": [1, None]}

@@ -94,7 +94,7 @@ class ReplayBuffer(Held):
         self.ttl, self.max_uses, self.refill, self.seed = ttl, max_uses, refill, seed
         self.seen, self.now = 0, 0.0
         self.tombstones: tuple[Tombstone, ...] = ()
-        self._left = {"expired": 0, "retired": 0, "erased": 0}
+        self._left = {"expired": 0, "retired": 0, "erased": 0, "dropped": 0}
         self._key_random = generator(seed, "replay-keys")
         self._draw_random = generator(seed, "replay-draws")
 
@@ -159,7 +159,7 @@ class ReplayBuffer(Held):
             count = len(rows["labels"])
         if not count:
             return 0
-        random_state = generator_to_words(self._key_random)
+        random_state = self._key_random.bit_generator.state
         rows["numbers"] = self.seen + np.arange(count)
         rows["uniform"] = self._key_random.random(count)
         rows.setdefault("ids", rows["numbers"])
@@ -169,7 +169,7 @@ class ReplayBuffer(Held):
             try:
                 rows["keys"] = self._keys(rows)
             except FedistillError:
-                self._key_random = generator_from_words(random_state)
+                self._key_random.bit_generator.state = random_state
                 raise
         rows.pop("scores", None)
         self.seen += count
@@ -286,6 +286,22 @@ class ReplayBuffer(Held):
         if news or len(slots):  # class means may have counted rows of theirs that are long gone
             self._recount()
         return len(slots)
+
+    def drop(self) -> int:
+        """Let all rows go and begin a new sample: the world that they came from is gone.
+
+        Thresholds begin anew, too. The clock, the count of rows seen and tombstones go on.
+
+        Returns:
+            How many left.
+        """
+        count = len(self)
+        self._table.clear(self._slots)
+        self._slots = np.empty(0, dtype=np.int64)
+        self._thresholds.clear()
+        self._recount()
+        self._left["dropped"] += count
+        return count
 
     def _tick(self, now: float) -> None:
         """The clock goes on, and rows that are too old leave."""

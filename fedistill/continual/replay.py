@@ -91,6 +91,7 @@ class Stats:
         expired: rows that left by ``ttl``.
         retired: rows that left by ``max_uses``.
         erased: rows that left by ``erase``.
+        dropped: rows that left by ``drop``.
         bytes: of the rows held, with all that lies beside them.
     """
 
@@ -105,4 +106,5 @@ class Stats:
     expired: int
     retired: int
     erased: int
+    dropped: int
     bytes: int

@@ -8,24 +8,29 @@ from fedistill.data.partition import by_column, by_file, dirichlet, iid, shards
 from fedistill.data.prepare import Federated, load, prepare
 from fedistill.data.scale import Scaler
 from fedistill.data.sources import read
+from fedistill.data.stream import Experience, Stream, experiences, streams
 from fedistill.data.table import Table
 from fedistill.types import Dataset
 
 __all__ = [
+    "Experience",
     "Federated",
     "Scaler",
+    "Stream",
     "Table",
     "breast_cancer",
     "by_column",
     "by_file",
     "digits",
     "dirichlet",
+    "experiences",
     "iid",
     "load",
     "overlap",
     "prepare",
     "read",
     "shards",
+    "streams",
 ]
 
 

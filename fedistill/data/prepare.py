@@ -12,6 +12,7 @@ from fedistill.data.draw import allot, count_of, stratified
 from fedistill.data.partition import PARTITIONS, by_column, client_id, file_numbers
 from fedistill.data.scale import Scaler
 from fedistill.data.sources import read
+from fedistill.data.stream import Stream
 from fedistill.data.table import Table, align, align_features, rows_of
 from fedistill.errors import DataError, did_you_mean
 from fedistill.seeding import generator
@@ -27,11 +28,13 @@ class Federated:
             but for those that ``proxy.labelled`` asks for).
         parts: client id to its private rows, labelled ones only.
         tests: client id to its own test rows; empty unless clients come from a column.
+        stream: what each client meets in turn, of its rows in ``parts``; None: all of them always.
     """
 
     dataset: Dataset
     parts: Mapping[str, Rows]
     tests: Mapping[str, Rows] = field(default_factory=dict)
+    stream: Stream | None = None
 
 
 def prepare(

@@ -11,6 +11,7 @@ from fedistill.data.idx import read_idx
 from fedistill.data.npz import read_npz
 from fedistill.data.online import read_hf, read_openml
 from fedistill.data.parquet import read_parquet
+from fedistill.data.sessions import read_sessions
 from fedistill.data.table import Query, Table
 from fedistill.errors import DataError, did_you_mean
 
@@ -21,6 +22,7 @@ SOURCES: Mapping[str, Callable[[Query], Table]] = {
     "csv": read_csv,
     "npz": read_npz,
     "parquet": read_parquet,
+    "sessions": read_sessions,
     "hf": read_hf,
     "openml": read_openml,
 }

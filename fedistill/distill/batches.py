@@ -7,7 +7,8 @@ memory runs out) without changing the gradient.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ class Batch:
         familiar: ``[rows]``: positive for own rows, negative for proxy rows, 0 for neither.
         own: the first rows, this many, are own rows.
         temperature: of the rows that are not own.
+        numbers: ``[own]`` which of the own rows these are.
     """
 
     inputs: Tensor
@@ -54,6 +56,7 @@ class Batch:
     familiar: Tensor
     own: int
     temperature: float = 1.0
+    numbers: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -69,6 +72,7 @@ class Batch:
             self.familiar[part],
             own,
             self.temperature,
+            self.numbers[start:stop],
         )
 
 
@@ -128,9 +132,9 @@ def local_batches(
             taught = memory.inputs[soft[step]], memory.targets[soft[step]]
         if contrast is not None and background is not None:
             seen = background[contrast[step]]
-        random = generator(seed, "mix", step)
         index = own[step]
-        return _assemble(inputs[index], targets[index], taught, seen, recipe, strength, random)
+        random = partial(generator, seed, "mix", step)
+        return _assemble(index, inputs, targets, taught, seen, recipe, strength, random)
 
     joined = size if soft is not None or contrast is not None else 0
     return Batches(steps, min(map(len, own), default=0) + joined, make)
@@ -154,16 +158,22 @@ def _draws(memory: Memory, size: int, steps: int, seed: int) -> IntArray:
 
 
 def _assemble(
+    index: IntArray,
     inputs: Tensor,
     targets: Tensor,
     soft: tuple[Tensor, Tensor] | None,
     background: Tensor | None,
     recipe: Recipe,
     strength: float,
-    random: np.random.Generator,
+    random: Callable[[], np.random.Generator],
 ) -> Batch:
     """One batch: own, then soft (or, before there are any, background alone), then mixed."""
+    inputs, targets = inputs[index], targets[index]
     own, device = len(inputs), inputs.device
+    if soft is None and background is None:
+        weight, none = torch.full((own,), 1.0 / own), torch.zeros(own)
+        alone = weight.to(device), none.to(device)
+        return Batch(inputs, targets, *alone, own, recipe.temperature, index)
     parts = [inputs]
     wanted = [targets]
     weights = [np.full(own, 1.0 / own)]
@@ -181,7 +191,7 @@ def _assemble(
                 torch.cat([targets, answers]),
                 recipe.batch_size,
                 recipe.mixup,
-                random,
+                random(),
             )
             parts.append(mixed)
             wanted.append(soften(answers, temperature))
@@ -199,6 +209,7 @@ def _assemble(
         _tensor(familiar, device),
         own,
         recipe.temperature,
+        index,
     )
 
 

@@ -47,8 +47,9 @@ class Optimizer:
         """One step with this learning rate, for the weights that have a gradient."""
         take = self._sgd if self.recipe.optimizer == "sgd" else self._adam
         taught = [weight for weight in self.weights if weight.grad is not None]
-        for decayed in (True, False):
-            chosen: list[Tensor] = [w for w in taught if (w.dim() > 1) == decayed]
+        decays = self.recipe.weight_decay > 0
+        for decayed in (True, False) if decays else (False,):
+            chosen: list[Tensor] = [w for w in taught if not decays or (w.dim() > 1) == decayed]
             grads = [weight.grad for weight in chosen if weight.grad is not None]
             if chosen:
                 take(chosen, grads, rate, self.recipe.weight_decay if decayed else 0.0)

@@ -242,6 +242,17 @@ class EmaTeacher:
                 kept.copy_(buffer)
         self._steps += 1
 
+    def grow(self, student: nn.Module) -> None:
+        """Follow a student whose head has grown: what is new in it is taken over as it is."""
+        if self._average is None:
+            return
+        before, self._average = self._average, copy.deepcopy(student).eval().requires_grad_(False)
+        with torch.no_grad():
+            pairs = zip(self._average.parameters(), before.parameters(), strict=True)
+            for wide, average in pairs:
+                both = tuple(map(slice, map(min, wide.shape, average.shape)))
+                wide[both] = average[both]
+
     def __call__(self, inputs: Tensor) -> Tensor:
         """Logits ``[rows, classes]`` of the average."""
         with evaluating(self.module):
@@ -265,6 +276,61 @@ class EmaTeacher:
         except RuntimeError as error:
             raise CheckpointError(f"this state is of another teacher: {error}") from None
         self._steps = int(state["steps"][0])
+
+
+class SelfTeacher:
+    """The student as it was when its present experience began, so that what it knew then stays.
+
+    There is none before the second experience: nothing was known before the first.
+    """
+
+    def __init__(self) -> None:
+        self._before: nn.Module | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The student as it was.
+
+        Raises:
+            FedistillError: there is none yet.
+        """
+        if self._before is None:
+            raise FedistillError("a SelfTeacher has no student yet: call begin(student) first")
+        return self._before
+
+    def ready(self) -> bool:
+        """Whether there is a former student."""
+        return self._before is not None
+
+    def begin(self, student: nn.Module) -> None:
+        """A new experience begins: the student as it is now teaches from here on."""
+        self._before = copy.deepcopy(student).eval().requires_grad_(False)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Logits ``[rows, classes it had]``."""
+        with evaluating(self.module):
+            logits: Tensor = self.module(inputs)
+        return logits
+
+    def state_dict(self) -> State:
+        """The former student; empty without one."""
+        if self._before is None:
+            return {}
+        return {k: v.cpu().numpy().copy() for k, v in self._before.state_dict().items()}
+
+    def load_state_dict(self, state: State) -> None:
+        """Restore, after ``begin`` with a student of the same shape; an empty state is of none.
+
+        Raises:
+            CheckpointError: the state is that of another module.
+        """
+        if not state:
+            self._before = None
+            return
+        try:
+            self.module.load_state_dict({k: torch.from_numpy(np.array(state[k])) for k in state})
+        except RuntimeError as error:
+            raise CheckpointError(f"this state is of another teacher: {error}") from None
 
 
 def born_again(

@@ -75,6 +75,9 @@ class TorchStudent:
         seed: of the initial weights; equal seeds and factories start equal.
         device: where to compute.
         background: proxy rows; needed to learn familiarity.
+
+    Attributes:
+        passed: rows that its steps have seen since it was built.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class TorchStudent:
         self._net: nn.Module = self._scored or self.module
         self._averaged = [p.detach().clone() for p in self._weights()] if recipe.average else []
         self._steps = 0
+        self.passed = 0
         self._memory: Memory | None = None
         self._guide: Guide | None = None
         self._optimizer = Optimizer(recipe, self._weights())
@@ -249,9 +253,20 @@ class TorchStudent:
         loss: Loss,
         seed: int,
         beside: Callable[[int], Tensor | None] | None = None,
+        after: Callable[[], None] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        """One optimizer step for each batch; ``beside`` is a term of the step and not of rows."""
-        recipe = self.recipe
+        """One optimizer step for each batch.
+
+        Args:
+            batches: what the steps see.
+            loss: of a batch.
+            seed: of dropout.
+            beside: a term of the step and not of rows.
+            after: called after each step.
+            recipe: rate, schedule and clipping; None: the student's own.
+        """
+        recipe = recipe or self.recipe
         weights = self._weights()
         self._net.train()
         if batches.smallest == 1:
@@ -268,7 +283,10 @@ class TorchStudent:
                     nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
                 self._optimizer.step(rate)
                 self._steps += 1
+                self.passed += len(batch)
                 self._update_average(weights)
+                if after is not None:
+                    after()
         self._net.eval()
 
     def _backward(

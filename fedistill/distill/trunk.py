@@ -17,8 +17,8 @@ class Trunk:
 
     def __init__(self, module: nn.Module) -> None:
         self._seen: Tensor | None = None
-        linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-        self._hook = linear[-1].register_forward_pre_hook(self._keep) if linear else None
+        head = head_of(module)
+        self._hook = head.register_forward_pre_hook(self._keep) if head is not None else None
 
     def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         del layer
@@ -34,6 +34,12 @@ class Trunk:
         """Listen no more."""
         if self._hook is not None:
             self._hook.remove()
+
+
+def head_of(module: nn.Module) -> nn.Linear | None:
+    """The last linear layer, which gives the logits of an ordinary classifier."""
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return linear[-1] if linear else None
 
 
 @contextmanager

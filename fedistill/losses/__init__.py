@@ -9,6 +9,7 @@ from fedistill.losses.decoupled import decoupled_kd
 from fedistill.losses.directions import cosine
 from fedistill.losses.distillation import kd, label_loss, logit_kl
 from fedistill.losses.hints import hint, regressor
+from fedistill.losses.items import bpr, relaxed_ranking, sampled_kl, sampled_softmax
 from fedistill.losses.kernels import kernel_loss
 from fedistill.losses.lists import ranking, ranking_order
 from fedistill.losses.logits import logit_mse
@@ -24,6 +25,7 @@ from fedistill.losses.soft_targets import (
 
 __all__ = [
     "attention_transfer",
+    "bpr",
     "cosine",
     "decoupled_kd",
     "hint",
@@ -41,6 +43,9 @@ __all__ = [
     "regressor",
     "relational_angle",
     "relational_distance",
+    "relaxed_ranking",
+    "sampled_kl",
+    "sampled_softmax",
     "soft_cross_entropy",
     "soften",
 ]

@@ -1,4 +1,4 @@
-"""What is measured: pure functions of logits and labels."""
+"""What one model is worth: pure functions of logits and labels."""
 
 from __future__ import annotations
 

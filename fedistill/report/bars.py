@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 from fedistill.report import scale
 from fedistill.report.folder import Point
@@ -86,8 +87,12 @@ def step_chart(
     y_label: str,
     width: float = 430,
     height: float = 190,
+    spoken: str = "",
 ) -> str:
-    """Counts per round, stacked; each layer is a name, a colour and its points."""
+    """Counts per round, stacked; each layer is a name, a colour and its points.
+
+    ``spoken`` is what a screen reader says, if it is not the sums.
+    """
     if not layers or not layers[0][2]:
         return ""
     rounds = [point.x for point in layers[0][2]]
@@ -96,7 +101,12 @@ def step_chart(
         [Series(name, (), colour=colour, weight="block") for name, colour, _ in layers], width
     )
     totals = [sum(points[k].y for _, _, points in layers) for k in range(len(rounds))]
-    x_axis = scale.linear([min(rounds) - 0.5, max(rounds) + 0.5], count=6, whole=True, tight=True)
+    x_axis = scale.linear(
+        [min(rounds) - 0.5, max(rounds) + 0.5],
+        count=12 if width > 600 else 6,
+        whole=True,
+        tight=True,
+    )
     y_axis = scale.linear([0.0, *totals], count=4, whole=True)
     plot = Plot(
         x_axis,
@@ -112,11 +122,11 @@ def step_chart(
         if any(point.y for point in points):
             parts.append(_steps(rounds, sums, above, plot, colour, name))
         sums = above
-    spoken = "; ".join(f"{name}: {sum(p.y for p in points):g} in all" for name, _, points in layers)
+    sums_said = (f"{name}: {sum(p.y for p in points):g} in all" for name, _, points in layers)
     return picture(
         ident,
         title,
-        spoken,
+        spoken or "; ".join(sums_said),
         width,
         height,
         legend,
@@ -142,7 +152,7 @@ def _steps(
             left, upper = plot.at(x - 0.5 + gap, top)
             right, lower = plot.at(x + 0.5 - gap, bottom)
             shapes.append(f"M{left:.1f} {lower:.1f}V{upper:.1f}H{right:.1f}V{lower:.1f}z")
-    title = element("title", f"{name}")
+    title = element("title", escape(name))
     return element("path", title, klass=f"f{colour}", d="".join(shapes))
 
 

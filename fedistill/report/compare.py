@@ -122,6 +122,8 @@ def compare(paths: Sequence[str | Path]) -> Comparison:
             sd="client_accuracy_min",
             digits=3,
         ),
+        _streams(runs, "stream average", "average_accuracy"),
+        _streams(runs, "prequential", "prequential"),
         _words("rounds", [f"{len(run.rounds):,}" for run in runs]),
         _line(
             "up, client-round",
@@ -202,6 +204,7 @@ def write_comparison(paths: Sequence[str | Path], out: str | Path) -> Path:
             "wide": comparison.wide,
             "shared": comparison.shared,
             "cautions": comparison.cautions,
+            "streams": any(run.table("stream") for run in comparison.runs),
             "figures": figures(comparison),
         },
     )
@@ -305,6 +308,13 @@ def _line(
             Entry(text, marked and v is not None and round(v, digits) == best)
             for text, v in zip(texts, found, strict=True)
         ),
+    )
+
+
+def _streams(runs: Sequence[Run], name: str, key: str) -> Line:
+    """A line of the figures that only a run on a stream has."""
+    return _line(
+        name, runs, lambda run: number(run.table("stream").get(key)), words.percent, digits=3
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Run:
         rounds: the lines of rounds.jsonl, in order, each round once.
         summary: summary.json; empty when the run was cut short before writing it.
         config: config.toml as nested tables.
+        stream: the lines of stream.jsonl, in order; empty when the run was no stream.
         baselines: name to the run in ``baselines/NAME``.
         repeats: the runs in ``seed-N``.
         remarks: sentences on what was absent or unreadable.
@@ -52,6 +53,7 @@ class Run:
     rounds: tuple[Mapping[str, Any], ...] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    stream: tuple[Mapping[str, Any], ...] = ()
     baselines: Mapping[str, Run] = field(default_factory=dict)
     repeats: tuple[Run, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -119,6 +121,7 @@ def read_run(path: str | Path) -> Run:
         rounds=run.rounds,
         summary=run.summary,
         config=run.config,
+        stream=run.stream,
         baselines=baselines,
         repeats=tuple(repeats.values()),
         remarks=tuple(remarks),
@@ -139,12 +142,14 @@ def _read_alone(folder: Path) -> Run:
             f"folder that 'fedistill run --out' wrote"
         )
     remarks: list[str] = []
-    rounds = _read_rounds(folder / "rounds.jsonl", remarks)
+    rounds = _read_lines(folder / "rounds.jsonl", "round", NUMBERS, remarks)
+    stream = folder / "stream.jsonl"
     return Run(
         path=folder,
         rounds=rounds,
         summary=_read_summary(folder / "summary.json", remarks),
         config=_read_config(folder / "config.toml", remarks),
+        stream=_read_lines(stream, "experience", (), remarks) if stream.is_file() else (),
         remarks=tuple(remarks),
     )
 
@@ -165,7 +170,10 @@ def _seed(folder: Path) -> tuple[int, str]:
     return (int(digits) if digits.isdecimal() else 0, folder.name)
 
 
-def _read_rounds(path: Path, remarks: list[str]) -> tuple[Mapping[str, Any], ...]:
+def _read_lines(
+    path: Path, key: str, numbers: Sequence[str], remarks: list[str]
+) -> tuple[Mapping[str, Any], ...]:
+    """Lines of JSON objects, each counted by ``key``; of two with one count the later holds."""
     lines = _read_text(path).splitlines()
     rows: dict[int, Mapping[str, Any]] = {}
     for place, line in enumerate(lines, start=1):
@@ -175,23 +183,23 @@ def _read_rounds(path: Path, remarks: list[str]) -> tuple[Mapping[str, Any], ...
             row = json.loads(line)
         except json.JSONDecodeError:
             if place == len(lines):
-                remarks.append("The last line of rounds.jsonl was cut short and is left out.")
+                remarks.append(f"The last line of {path.name} was cut short and is left out.")
                 continue
             raise _bad_line(path, place, "a JSON object", clean(line, 40)) from None
-        _check_row(row, path, place)
-        rows[row["round"]] = row
-    return tuple(rows[key] for key in sorted(rows))
+        _check_row(row, key, numbers, path, place)
+        rows[row[key]] = row
+    return tuple(rows[count] for count in sorted(rows))
 
 
-def _check_row(row: Any, path: Path, place: int) -> None:
+def _check_row(row: Any, key: str, numbers: Sequence[str], path: Path, place: int) -> None:
     if not isinstance(row, dict):
         raise _bad_line(path, place, "a JSON object", type(row).__name__)
-    if type(row.get("round")) is not int or row["round"] < 0:
-        raise _bad_line(path, place, "a whole number 'round'", clean(row.get("round"), 40))
-    for key in NUMBERS:
-        value = row.get(key)
+    if type(row.get(key)) is not int or row[key] < 0:
+        raise _bad_line(path, place, f"a whole number '{key}'", clean(row.get(key), 40))
+    for name in numbers:
+        value = row.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise _bad_line(path, place, f"a number or null as '{key}'", clean(value, 40))
+            raise _bad_line(path, place, f"a number or null as '{name}'", clean(value, 40))
 
 
 def _bad_line(path: Path, place: int, expected: str, found: str) -> RunError:

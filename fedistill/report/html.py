@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedistill.report import charts, headline, participation, shared, sites, words
+from fedistill.report import charts, headline, participation, shared, sites, stream, words
 from fedistill.report.folder import Run, read_run
 from fedistill.report.page import fill, write
 from fedistill.report.words import clean
@@ -36,6 +36,7 @@ def view(run: Run) -> dict[str, Any]:
         "warnings": headline.warnings(run),
         "tiles": headline.tiles(run),
         "figures": charts.figures(run),
+        "stream": stream.section(run),
         "tables": sites.site_tables(run),
         "agreement": charts.agreement(run),
         "traffic": charts.traffic(run),

@@ -13,6 +13,8 @@ from fedistill.report.scale import Axis
 
 COLOURS = 7
 """How many series colours the style sheet knows: ``--c0`` to ``--c6``."""
+SHADES = 13
+"""How many it knows for areas: beside those also ``--c7`` to ``--c12``, paler ones."""
 DASHES = ("", "6 4", "2 3", "9 3 2 3")
 CHARACTER = 6.9
 """Mean width of a character at the charts' 12 px, to leave room for texts."""
@@ -42,6 +44,29 @@ class Series:
     dash: int = 0
     weight: str = "plain"
     level: bool = False
+
+
+@dataclass(frozen=True)
+class Shift:
+    """An upright line where something new begins; its name stands above, if it has one."""
+
+    x: float
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A small triangle that points at a value, or at the x axis, and says why on hovering."""
+
+    x: float
+    y: float | None
+    words: str
+    colour: int = 0
+    size: float = 5.0
+
+
+Keys = Sequence[tuple[str, str]]
+"""Further entries of a legend: a symbol drawn from (0, 0) to (26, 0), and what it means."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,12 @@ def line_chart(
     log_x: bool = False,
     least: float | None = None,
     most: float | None = None,
+    zero: bool = False,
+    span: tuple[float, float] | None = None,
     names_at_ends: bool = True,
+    shifts: Sequence[Shift] = (),
+    signs: Sequence[Sign] = (),
+    keys: Keys = (),
 ) -> str:
     """Several series over a common x; an empty text when none has a point.
 
@@ -123,25 +153,33 @@ def line_chart(
         log_x: a logarithmic x axis.
         least: the y axis never goes below.
         most: the y axis never goes above.
+        zero: the y axis begins at zero, so that heights can be compared.
+        span: values of x that the axis takes in, beside those of the points.
         names_at_ends: names stand at the lines' ends, else in a legend above.
+        shifts: where something new begins.
+        signs: marks on values.
+        keys: what these are called, in the legend.
     """
     drawn = [one for one in series if one.points]
     if not drawn:
         return ""
     ends = [_end_label(one, y_format, names_at_ends) for one in drawn]
     legend, legend_height = ("", 0.0)
-    if not names_at_ends and len(drawn) > 1:
-        legend, legend_height = legend_rows(drawn, width)
+    named = drawn if not names_at_ends and len(drawn) > 1 else []
+    if named or keys:
+        legend, legend_height = legend_rows(named, width, keys)
     ys = [p.y + side * (p.sd or 0) for one in drawn for p in one.points for side in (-1, 1)]
     xs = [p.x for one in drawn if not one.level for p in one.points] or [
         p.x for one in drawn for p in one.points
     ]
+    xs += span or ()
     wide = width > 600
     x_axis = (
         scale.log10(xs, tight=True)
         if log_x
         else scale.linear(xs, count=10 if wide else 5, whole=True, tight=True)
     )
+    ys += [0.0] if zero else []
     y_axis = scale.linear(ys, count=5 if height > 220 else 3, least=least, most=most)
     plot = Plot(
         x_axis,
@@ -161,7 +199,9 @@ def line_chart(
         height,
         legend,
         frame(plot, x_label, y_label, x_format, y_format, legend_height),
+        *(_shift(shift, plot) for shift in shifts),
         lines,
+        *(_sign(sign, plot) for sign in signs),
         _ends(drawn, ends, plot),
     )
 
@@ -202,27 +242,52 @@ def ticks(axis: Axis, form: Format) -> list[str]:
     return texts
 
 
-def legend_rows(series: Sequence[Series], width: float) -> tuple[str, float]:
+def legend_rows(series: Sequence[Series], width: float, keys: Keys = ()) -> tuple[str, float]:
     """A legend that wraps, and its height."""
     parts, x, y = [], 0.0, 12.0
-    for one in series:
-        room = 34 + CHARACTER * len(one.name) + 14
-        if x and x + room > width:
-            x, y = 0.0, y + 18
-        parts.append(
+    lines = [
+        (
             element(
                 "line",
                 klass=_classes(one),
-                x1=x,
-                x2=x + 26,
-                y1=y - 4,
-                y2=y - 4,
+                x1=0,
+                x2=26,
+                y1=0,
+                y2=0,
                 stroke_dasharray=DASHES[one.dash],
-            )
+            ),
+            one.name,
         )
-        parts.append(text(one.name, x + 32, y, klass="tick"))
+        for one in series
+    ]
+    for symbol, name in [*lines, *keys]:
+        room = 34 + CHARACTER * len(name) + 14
+        if x and x + room > width:
+            x, y = 0.0, y + 18
+        parts.append(element("g", symbol, transform=f"translate({x:.1f} {y - 4:.1f})"))
+        parts.append(text(name, x + 32, y, klass="tick"))
         x += room
     return "".join(parts), y + 8
+
+
+def triangle(x: float, y: float, size: float, klass: str, words: str = "") -> str:
+    """A triangle whose tip, below, is at the place."""
+    title = element("title", escape(words)) if words else ""
+    corners = [(x, y), (x - size, y - 1.8 * size), (x + size, y - 1.8 * size)]
+    return element("polygon", title, klass=f"sign {klass}", points=_path(corners))
+
+
+def _shift(shift: Shift, plot: Plot) -> str:
+    """Where something begins; at the left edge the axis is line enough."""
+    x = max(plot.at(shift.x, plot.y.low)[0], plot.left)
+    line = element("line", klass="shift", x1=x, x2=x, y1=plot.top, y2=plot.bottom)
+    name = text(shift.name, x + 3, plot.top - 3, klass="tick") if shift.name else ""
+    return (line if x > plot.left + 1 else "") + name
+
+
+def _sign(sign: Sign, plot: Plot) -> str:
+    x, y = plot.at(sign.x, plot.y.low if sign.y is None else sign.y)
+    return triangle(x, y - 2, sign.size, f"f{sign.colour}", sign.words)
 
 
 def _draw(one: Series, plot: Plot, x_format: Format, y_format: Format) -> str:

@@ -36,6 +36,8 @@ from fedistill.wire.table import Table
 from fedistill.wire.targets import Targets as Targets
 
 MOST_ROUNDS = 1 << 31
+STREAMED: Mapping[str, type] = {"extra": int, "consolidate": bool, "watch": bool}
+"""Fields of a plan that are there where rows change and drift is watched for, only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,10 @@ class Plan:
         quorum: fewest uploads that are of use: a backend waits for these above all. It does not
             travel.
         own: by client, the fields in which its message differs. Does not travel as such.
+        extra: rounds of distillation up to this one, which are none of the regular ones.
+        consolidate: this is such a round: clients learn from the targets and from what they
+            remember, and from no row of the day.
+        watch: clients tell whether their new rows set off an alarm.
     """
 
     run: str
@@ -71,6 +77,9 @@ class Plan:
     clients: tuple[str, ...] = field(default=(), compare=False)
     quorum: int = field(default=0, compare=False)
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False)
+    extra: int = 0
+    consolidate: bool = False
+    watch: bool = False
 
     def rows(self) -> IntArray:
         """The proxy rows to predict, in the order of the upload."""
@@ -102,6 +111,7 @@ class Plan:
             "ask": spec_fields(self.ask),
             "heard": self.heard,
         }
+        header |= {n: getattr(self, n) for n in STREAMED if getattr(self, n)}
         parts = [self.skip]
         if self.targets is not None:
             header["targets"] = self.targets.header()
@@ -116,17 +126,20 @@ class Plan:
     def from_bytes(cls, data: bytes, limit: int = 64 << 20) -> Plan:
         """Read a plan, or raise :class:`Rejected`."""
         header, payload = unseal(data, limit)
-        optional = {name for name in ("targets", "table") if name in header}
+        optional = {name for name in ("targets", "table", *STREAMED) if name in header}
         names = {"run": str, "round": int, "proxy": str, "classes": str, "heard": int}
         exact_keys(header, {"kind", "ask", "parts", *names} | optional)
         if header["kind"] != "plan":
             raise Rejected("kind", "expected a plan")
-        check_types(header, names)
+        streamed = {name: STREAMED[name] for name in STREAMED if name in header}
+        check_types(header, names | streamed)
         number, ask = header["round"], read_spec(header["ask"])
         if not 0 < number < MOST_ROUNDS or ask.round > number:
             raise Rejected("stale_round", "the plan names impossible rounds")
         if not 0 <= header["heard"] < number:
             raise Rejected("stale_round", "the plan has heard of no earlier round")
+        if not 0 <= header.get("extra", 0) < number:
+            raise Rejected("stale_round", "the plan counts impossible extra rounds")
         count = 1 + 4 * ("targets" in header) + 2 * ("table" in header)
         skip, *parts = split(payload, header["parts"], count)
         count_bits(skip, ask.count)
@@ -145,6 +158,7 @@ class Plan:
             heard=header["heard"],
             targets=targets,
             table=Table.read(header["table"], parts[-2:]) if "table" in header else None,
+            **{name: header[name] for name in streamed},
         )
 
 
@@ -166,7 +180,10 @@ UPLOAD_FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "ledger": str,
     "parts": list,
 }
-"""The whitelist (invariant 1): nothing else can be in an upload's header."""
+"""The whitelist (invariant 1): nothing else can be in an upload's header.
+
+But for ``drift``, a bool: it is there where the plan asks for it, only.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +210,7 @@ class Upload:
         payload: the coded predictions, compressed.
         declined: a bit for each row asked: the client does not answer it.
         ratios: the familiarity, compressed.
+        drift: whether new rows set off the client's detector; None where it was not asked.
     """
 
     client: str
@@ -212,12 +230,14 @@ class Upload:
     payload: bytes = b""
     declined: bytes = b""
     ratios: bytes = b""
+    drift: bool | None = None
 
     def to_bytes(self) -> bytes:
         """The message as it travels."""
         lengths, payload = join([self.payload, self.declined, self.ratios])
         header: dict[str, Any] = {"kind": "upload"}
         header |= {n: getattr(self, n) for n in UPLOAD_FIELDS if n not in {"kind", "parts"}}
+        header |= {} if self.drift is None else {"drift": self.drift}
         return seal(header | {"shape": list(self.shape), "parts": lengths}, payload)
 
     @classmethod
@@ -228,6 +248,9 @@ class Upload:
             Rejected: with the reason code.
         """
         header, payload = unseal(data, limit)
+        drift = None
+        if "drift" in header and type(drift := header.pop("drift")) is not bool:
+            raise Rejected("field", "field drift has the wrong type")
         exact_keys(header, set(UPLOAD_FIELDS))
         for name, kind in UPLOAD_FIELDS.items():
             value = header[name]
@@ -245,7 +268,7 @@ class Upload:
             raise Rejected("shape", "expected two counts, rows and classes")
         parts = split(payload, header["parts"], 3)
         fields = {n: header[n] for n in UPLOAD_FIELDS if n not in {"kind", "parts"}}
-        fields |= {"shape": (shape[0], shape[1])}
+        fields |= {"shape": (shape[0], shape[1]), "drift": drift}
         return cls(**fields, payload=parts[0], declined=parts[1], ratios=parts[2])
 
     def codes(self, reference: Codes | None = None) -> Codes:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fedistill as fd
-from fedistill import testing
 from fedistill.aggregate import rules
 from fedistill.errors import FedistillError
 from fedistill.testing import CheckFailed, check_rule
+from fedistill.testing import parts as testing
 
 GOLDEN = Path(__file__).with_name("golden_rules.json")
 

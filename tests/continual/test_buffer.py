@@ -453,3 +453,22 @@ def test_class_means_forget_whom_the_other_buffer_had_to_forget():
     pure.load_state_dict(old)
     assert pure.state_dict()["means.counts"].sum() == len(pure)
     assert "ann" not in pure.rows().subjects
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "class-balanced", "recent", "herding"])
+def test_a_dropped_memory_begins_anew_and_nothing_of_it_is_left(policy):
+    buffer = ReplayBuffer(20, policy, seed=3)
+    features = np.eye(4)[np.arange(200) % 4]
+    old = np.full((200, 2), 77.25, dtype=np.float32)
+    buffer.add(old, np.arange(200) % 4, features=features, logits=old)
+    assert buffer.drop() == 20
+    assert len(buffer) == 0
+    assert buffer.stats().dropped == 20
+    content = b"".join(value.tobytes() for value in buffer.state_dict().values())
+    assert np.float32(77.25).tobytes() not in content
+    new = np.zeros((15, 2), dtype=np.float32)
+    assert buffer.add(new, np.zeros(15, int), features=features[:15], logits=new) == 15
+    assert buffer.seen == 215
+    again = ReplayBuffer(20, policy, seed=3)
+    again.load_state_dict(buffer.state_dict())
+    assert again.stats() == buffer.stats()

@@ -25,6 +25,7 @@ def test_every_source_has_a_summary() -> None:
         "csv",
         "npz",
         "parquet",
+        "sessions",
         "hf",
         "openml",
     )

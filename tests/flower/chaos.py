@@ -480,9 +480,7 @@ class World:
         Where it has just fallen by itself there is none until the run goes on.
         """
         while not (pid := self.server_process()):
-            self.until(
-                lambda: self.server_process() or not self.coordinator.running, "a ServerApp"
-            )
+            self.until(lambda: self.server_process() or not self.coordinator.running, "a ServerApp")
             if not self.coordinator.running:
                 self.resume()
         self.say("kill -9 coordinator (ServerApp)")

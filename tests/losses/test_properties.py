@@ -32,11 +32,15 @@ DIVERGENCES = [name for name in ALL if name not in {"kd", "ranking_order"}]
 PER_ROW = [name for name in ALL if not name.startswith("relational")]
 LEADING = [*SOFTMAX, "cosine"]
 TESTED_ELSEWHERE = {
+    "bpr",
     "kernel_loss",
     "kl_divergence",
     "logit_mae",
     "own_or_proxy",
     "prototype_loss",
+    "relaxed_ranking",
+    "sampled_kl",
+    "sampled_softmax",
     "soft_cross_entropy",
     "soften",
 }

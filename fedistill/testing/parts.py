@@ -1,11 +1,4 @@
-"""Checkers for parts of your own: each proves a rule, codec, learner or policy by its properties.
-
-A checker returns nothing when the part keeps its promises and raises :class:`CheckFailed` at the
-first that it breaks, with what was expected and what was found::
-
-    def test_my_rule():
-        fd.testing.check_rule(my_rule)
-"""
+"""Checkers of rules, codecs and learners."""
 
 from __future__ import annotations
 
@@ -17,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from fedistill.aggregate.rules import Rule, configure, softmax, takes, wants
-from fedistill.continual.buffer import ReplayBuffer
-from fedistill.continual.policies import Candidates, Keys, Policy, find_policy
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Familiar, Learner
 from fedistill.distill.recipe import Recipe
@@ -43,7 +34,7 @@ def expect(holds: bool, part: str, expected: str, found: object) -> None:
     >>> expect(1 + 1 == 3, "arithmetic", "3", 1 + 1)
     Traceback (most recent call last):
         ...
-    fedistill.testing.CheckFailed: arithmetic: expected 3, found 2
+    fedistill.testing.parts.CheckFailed: arithmetic: expected 3, found 2
     """
     if not holds:
         raise CheckFailed(f"{part}: expected {expected}, found {found}")
@@ -84,7 +75,7 @@ def check_rule(rule: Rule | str) -> None:
     >>> check_rule(lambda logits, weights: logits.mean(axis=0))  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    fedistill.testing.CheckFailed: rule <lambda>, three clients: expected ..., found ...
+    fedistill.testing.parts.CheckFailed: rule <lambda>, three clients: expected ..., found ...
     >>> check_rule("trust")
     """
     part = f"rule {rule if isinstance(rule, str) else _name(rule)}"
@@ -94,7 +85,7 @@ def check_rule(rule: Rule | str) -> None:
     usual = _probs(make(), case, f"{part}, three clients")
     changed = [name for name in case if not np.array_equal(case[name], before[name])]
     expect(not changed, part, "arguments left as they are", f"{', '.join(changed)} changed")
-    _same(_probs(make(), case, part), usual, f"{part}, called twice")
+    same(_probs(make(), case, part), usual, f"{part}, called twice")
 
     for title, other in _hard_cases():
         _probs(make(), other, f"{part}, {title}")
@@ -102,7 +93,7 @@ def check_rule(rule: Rule | str) -> None:
         bare = {name: value for name, value in case.items() if name not in spare}
         _probs(make(), bare, f"{part}, without {', '.join(spare)}")
     half = case | {"logits": case["logits"].astype(np.float16)}
-    _same(
+    same(
         _probs(make(), half, f"{part}, float16"),
         _probs(make(), half | {"logits": half["logits"].astype(np.float64)}, part),
         f"{part}, float16",
@@ -110,7 +101,7 @@ def check_rule(rule: Rule | str) -> None:
     )
 
     turned = {n: value if n == "anchors" else value[[2, 0, 1]] for n, value in case.items()}
-    _same(_probs(make(), turned, part), usual, f"{part}, clients in another order")
+    same(_probs(make(), turned, part), usual, f"{part}, clients in another order")
 
     classes, anchors = [2, 0, 1], case["anchors"]
     renamed = case | {
@@ -118,7 +109,7 @@ def check_rule(rule: Rule | str) -> None:
         "seen": case["seen"][:, classes],
         "anchors": np.where(anchors >= 0, np.argsort(classes)[anchors], -1),
     }
-    _same(_probs(make(), renamed, part), usual[..., classes], f"{part}, classes renamed")
+    same(_probs(make(), renamed, part), usual[..., classes], f"{part}, classes renamed")
 
     agreed = case["logits"].argmax(axis=2)[0]
     united = case | {
@@ -140,7 +131,7 @@ def check_rule(rule: Rule | str) -> None:
     lied["familiarity"][1] += 1.0
     lied["sizes"][1] *= 4
     alone = f"{part}, a client of weight zero"
-    _same(_probs(make(), lied, part), _probs(make(), muted, part), alone)
+    same(_probs(make(), lied, part), _probs(make(), muted, part), alone)
 
     silent = case | {"weights": np.tile(case["weights"][:, None], ROWS)}
     silent["weights"][:, 2] = 0.0
@@ -168,7 +159,7 @@ def _check_memory(make: Callable[[], Any], case: Mapping[str, FloatArray], part:
         raise CheckFailed(f"{part}, state: expected what JSON can say, found {problem}") from None
     resumed.load_state_dict(state)
     went_on = _probs(rule, case, f"{part}, second round")
-    _same(_probs(resumed, case, part), went_on, f"{part}, second round after restoring")
+    same(_probs(resumed, case, part), went_on, f"{part}, second round after restoring")
 
 
 def _case(
@@ -234,7 +225,8 @@ def _probs(rule: Rule, case: Mapping[str, Any], part: str, unanswered: int | Non
     return found
 
 
-def _same(found: FloatArray, wanted: FloatArray, part: str, within: float = 1e-9) -> None:
+def same(found: FloatArray, wanted: FloatArray, part: str, within: float = 1e-9) -> None:
+    """Raise unless two arrays are alike."""
     told = f"the same result (within {within:g})"
     expect(found.shape == wanted.shape, part, told, f"shape {list(found.shape)}")
     gap = float(np.abs(found - wanted).max(initial=0.0))
@@ -260,7 +252,7 @@ def check_codec(codec: Codec | str, loss: float | None = None) -> None:
     >>> check_codec("u8", loss=1e-6)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    fedistill.testing.CheckFailed: codec u8, random rows: expected a loss of at most 1e-06 ...
+    fedistill.testing.parts.CheckFailed: codec u8, random rows: expected a loss of at most 1e-06 ...
     """
     name = codec if isinstance(codec, str) else codec.summary
     codec = CODECS[codec] if isinstance(codec, str) else codec
@@ -357,11 +349,11 @@ def check_learner(
     expect(isinstance(first, Learner), part, "the methods of a Learner", type(first).__name__)
     _logits(first, public, classes, f"{part}, fresh")
     said = teach(first, 1)
-    _same(_logits(first, public, classes, part), said, f"{part}, asked twice", within=0.0)
+    same(_logits(first, public, classes, part), said, f"{part}, asked twice", within=0.0)
     alone = np.concatenate([_logits(first, public[k : k + 1], classes, part) for k in range(4)])
-    _same(alone, said[:4], f"{part}, asked row by row", within=1e-4)
+    same(alone, said[:4], f"{part}, asked row by row", within=1e-4)
     _logits(first, public[:0], classes, f"{part}, no rows to predict")
-    _same(teach(make(), 1), said, f"{part}, equal seeds", within=0.0)
+    same(teach(make(), 1), said, f"{part}, equal seeds", within=0.0)
 
     if isinstance(first, Familiar):
         ratios = np.asarray(first.familiarity(public))
@@ -384,8 +376,8 @@ def check_learner(
     second = make()
     second.load_state_dict(state, own)
     again = _logits(second, public, classes, f"{part}, restored")
-    _same(again, said, f"{part}, restored", within=0.0)
-    _same(teach(second, 2), teach(first, 2), f"{part}, trained on after restoring", within=0.0)
+    same(again, said, f"{part}, restored", within=0.0)
+    same(teach(second, 2), teach(first, 2), f"{part}, trained on after restoring", within=0.0)
     moved = [key for key in saved if not np.array_equal(state[key], saved[key])]
     expect(not moved, f"{part}, state", "a copy", f"{', '.join(moved)} changed by training on")
 
@@ -404,76 +396,3 @@ def _logits(learner: Learner, inputs: FloatArray, classes: int, part: str) -> Fl
     expect(found.shape == wanted, part, f"logits [rows, classes] = {wanted}", found.shape)
     expect(bool(np.isfinite(found).all()), part, "finite logits", "NaN or infinity")
     return np.array(found)
-
-
-# --- buffer policies ---------------------------------------------------------------------------
-
-
-def check_policy(policy: str | Policy | Keys) -> None:
-    """Prove that a policy gives keys to rows, and that a buffer can stand on it.
-
-    Keys are one finite number a row, the same when asked again and in another order of rows, and,
-    where they are said to be for life, the same whatever other rows there are; arguments stay as
-    they are. A buffer with it is never above its capacity, keeps what lies beside a row with that
-    row, and goes on from its saved state as if nothing had happened.
-
-    Args:
-        policy: a name, a policy, or its function of rows.
-
-    >>> check_policy("class-balanced")
-    >>> check_policy(lambda rows: rows.uniform.argsort())  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-        ...
-    fedistill.testing.CheckFailed: policy <lambda>, fewer rows: expected ..., found ...
-    """
-    policy = find_policy(policy)
-    part = f"policy {policy.name}"
-    random, count = generator("check-policy"), 24
-    features = random.normal(size=(count, 4))
-    features /= np.linalg.norm(features, axis=1, keepdims=True)
-    case: dict[str, Any] = {
-        "uniform": random.random(count),
-        "numbers": np.arange(count),
-        "labels": np.arange(count) % CLASSES,
-        "scores": random.normal(size=count),
-        "features": features,
-        "means": np.stack([features[k::CLASSES].mean(axis=0) for k in range(CLASSES)] * 8),
-    }
-    before = {name: value.copy() for name, value in case.items()}
-
-    def keys(rows: Any, title: str) -> FloatArray:
-        chosen = Candidates(**{name: value[rows] for name, value in case.items()})
-        found = np.asarray(policy.keys(chosen), dtype=np.float64)
-        good = found.shape == (len(chosen),) and bool(np.isfinite(found).all())
-        expect(good, f"{part}, {title}", "a finite key for each row", found.shape)
-        return found
-
-    every = slice(None)
-    usual = keys(every, "keys")
-    _same(keys(every, "keys"), usual, f"{part}, asked twice", within=0.0)
-    changed = [name for name in case if not np.array_equal(case[name], before[name])]
-    expect(not changed, part, "arguments left as they are", f"{', '.join(changed)} changed")
-    if policy.lifelong:
-        _same(keys(slice(5, 9), "fewer rows"), usual[5:9], f"{part}, fewer rows", within=0.0)
-    _same(
-        keys(slice(None, None, -1), "turned"),
-        usual[::-1],
-        f"{part}, rows in another order",
-        within=0.0,
-    )
-
-    for capacity in (0, 1, 7):
-        title = f"{part}, capacity {capacity}"
-        first, second = ReplayBuffer(capacity, policy), ReplayBuffer(1, policy, seed=1)
-        for start in range(0, count, 8):
-            rows = slice(start, start + 8)
-            names = ("labels", "scores", "features")
-            extras = {name: case[name][rows] for name in names}
-            number = case["numbers"][rows, None]
-            first.add(number, logits=number, **extras)
-            expect(len(first) <= capacity, title, f"at most {capacity} rows", len(first))
-        held = first.rows()
-        expect(bool((held.inputs == held.logits).all()), title, "logits of their rows", "others")
-        second.load_state_dict(first.state_dict())
-        alike = np.array_equal(first.draw(3).numbers, second.draw(3).numbers)
-        expect(alike, f"{title}, restored", "the same draws", "others")
