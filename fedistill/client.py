@@ -19,13 +19,14 @@ from fedistill import store
 from fedistill.aggregate.clusters import nearest
 from fedistill.aggregate.rules import softmax, takes
 from fedistill.cache import Said
+from fedistill.continual.erasure import ErasureReceipt
 from fedistill.course import Met, consolidate
 from fedistill.data.overlap import overlap
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import CheckpointError, Rejected, RunError
+from fedistill.errors import CheckpointError, FedistillError, Rejected, RunError
 from fedistill.members import Client as Client
 from fedistill.members import Member as Member
 from fedistill.models import pick_device
@@ -388,6 +389,25 @@ class Site:
             facts |= {"position": self.position, "met": [one.facts() for one in self.met]}
             facts["alarm"] = self.alarm
         store.save_state(self.path, arrays, facts)
+
+    def erase(self, subject: object) -> ErasureReceipt:
+        """Forget a person's remembered rows, here and on disk, and let none of them in again.
+
+        Both generations of the state are written anew. The rows that the client itself holds are
+        its own affair, and the weights have learned from them.
+
+        Raises:
+            FedistillError: this client remembers no rows, or no such name can be.
+        """
+        erase = getattr(self.learner, "erase", None)
+        if erase is None:
+            raise FedistillError(
+                f"erase: {self.client.id} remembers no rows: there is nothing to erase"
+            )
+        receipt: ErasureReceipt = erase(subject)
+        self.save()
+        self.save()
+        return receipt
 
     def _held(self) -> dict[str, Shelf | Said]:
         """What a method with a cache holds on both sides."""

@@ -67,13 +67,8 @@ def experience_line(
             also a round of distillation that followed it at once.
     """
     taught = [site.learner for site in sites.values() if site.client.wrap is None]
-    before = stream.ends[position - 1] if position else 0
     told = max((row["round"] for row in history if "experience" in row), default=0)
     since = [row for row in history if row["round"] > told]
-    passes = {
-        name: site.client.training.epochs * (stream.ends[position] - before)
-        for name, site in sites.items()
-    }
     met = {name: _met(site, position) for name, site in sites.items()}
     came = {name: one for name, one in met.items() if one is not None}
     shares = {name: one.accuracy for name, one in came.items() if one.accuracy is not None}
@@ -92,9 +87,7 @@ def experience_line(
         "buffer": _buffers([site.learner for site in sites.values()]),
         "seconds": round(sum(row["seconds"] for row in since), 3),
         "rows_trained": sum(one.trained for one in came.values()),
-        "rows_retrain": sum(
-            passes[name] * sum(one.rows for one in sites[name].met) for name in came
-        ),
+        "rows_retrain": round(sum(_anew(sites[name].met, one) for name, one in came.items())),
     }
 
 
@@ -126,6 +119,12 @@ def summary_of(lines: Sequence[Mapping[str, Any]], *, same: bool) -> Line | None
 
 def _met(site: Site, position: int) -> Met | None:
     return next((one for one in site.met if one.position == position), None)
+
+
+def _anew(met: Sequence[Met], one: Met) -> float:
+    """Rows that steps would see if all rows so far were learned as these were, from scratch."""
+    so_far = sum(other.rows for other in met if other.position <= one.position)
+    return one.trained * so_far / max(one.rows, 1)
 
 
 def _curve(met: Sequence[Met], one: Met) -> list[list[float]]:

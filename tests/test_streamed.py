@@ -182,8 +182,13 @@ def test_what_stands_in_a_line_is_what_sites_met(tmp_path):
             assert line["curve"][name][-1][0] == before + met.rows
         shares = [*line["prequential_by_client"].values()]
         assert line["prequential"] == pytest.approx(sum(shares) / len(shares))
-    # All rows of all experiences so far, in every pass of the rounds of this one.
-    assert second["rows_retrain"] == 2 * 2 * (first["rows"] + second["rows"])
+    # All rows of all experiences so far, with as much company as the rows of this one had.
+    anew = [
+        site.met[1].trained * (site.met[0].rows + site.met[1].rows) / site.met[1].rows
+        for site in made.sites.values()
+    ]
+    assert second["rows_retrain"] == round(sum(anew))
+    assert second["rows_retrain"] > second["rows_trained"]
     assert second["rows_trained"] == sum(site.met[1].trained for site in made.sites.values())
     tests = federated.stream.tests
     student = made.server.student
