@@ -8,10 +8,8 @@ twice for one round it returns the same stored bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,15 +19,13 @@ from fedistill.aggregate.rules import softmax, takes
 from fedistill.cache import Said
 from fedistill.continual.erasure import ErasureReceipt
 from fedistill.course import Met, consolidate
-from fedistill.data.overlap import overlap
-from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
-from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import CheckpointError, FedistillError, Rejected, RunError
 from fedistill.members import Client as Client
 from fedistill.members import Member as Member
-from fedistill.models import pick_device
+from fedistill.newcomer import new_student as new_student
+from fedistill.newcomer import observations
 from fedistill.presets import Method
 from fedistill.seeding import derive
 from fedistill.select import Selector, floats
@@ -88,7 +84,7 @@ class Site:
         self.untaught: State = {}
         self.limit = LARGEST_MESSAGE
         self._begin()
-        self.notes = list(_observations(client, proxy, len(classes)))
+        self.notes = list(observations(client, proxy, len(classes)))
 
     def _begin(self) -> None:
         """As before the first round."""
@@ -462,38 +458,3 @@ class Site:
         self.clipped = int(meta["clipped"])
         self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
         return f"{self.client.id}: {note}" if note else None
-
-
-def new_student(
-    build: Callable[[], Any],
-    recipe: Recipe,
-    proxy: ProxySet,
-    classes: int,
-    seed: int,
-    device: str = "cpu",
-    make: Callable[..., Learner] | None = None,
-) -> Learner:
-    """An untaught learner from a factory; of one architecture all start from the same weights."""
-    return (make or build_learner)(
-        build,
-        recipe,
-        classes=classes,
-        seed=derive(seed, "weights"),
-        example=proxy.inputs[:2],
-        device=pick_device(device),
-        background=proxy.inputs if recipe.familiarity or make is not None else None,
-    )
-
-
-def _observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:
-    """What a user should know about a client's rows before training."""
-    if len(client.data) == 0 and client.course is None:
-        yield f"{client.id} has no rows of its own: it learns and does not teach"
-        return
-    met = len(np.unique(client.data.labels))
-    if met == 1 < classes:
-        yield f"{client.id} has rows of one class only"
-    if shared := len(overlap(client.data.inputs, proxy.inputs)):
-        yield f"{client.id}: private rows that are also proxy rows: {shared}"
-    if client.test is not None and (shared := len(overlap(client.test.inputs, proxy.inputs))):
-        yield f"{client.id}: test rows that are also proxy rows: {shared}"

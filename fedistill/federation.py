@@ -18,13 +18,19 @@ import numpy as np
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.client import Client, Member, Site, new_student
-from fedistill.course import Timetable
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, QuorumError
 from fedistill.evaluate import measure_clients, measure_student
 from fedistill.exchange import EXCHANGES
+from fedistill.gathering import (
+    check_clients,
+    check_members,
+    class_names,
+    declared_rows,
+    pooled,
+)
 from fedistill.journal import Journal
 from fedistill.log import event
 from fedistill.models import parameter_count, pick_device
@@ -100,11 +106,11 @@ class Federation:
         self.method = preset(method) if isinstance(method, str) else method
         self.members: Sequence[Client | Member] = list(clients)
         self.clients = [client for client in clients if isinstance(client, Client)]
-        _check_members(self.members, self.method.exchange)
+        check_members(self.members, self.method.exchange)
         if self.method.exchange == "rows":
-            self.members = self.clients = _pooled(self.clients)
+            self.members = self.clients = pooled(self.clients)
         self.proxy = proxy if isinstance(proxy, ProxySet) else ProxySet(np.asarray(proxy))
-        self.classes = tuple(classes) if classes else _class_names(self.clients)
+        self.classes = tuple(classes) if classes else class_names(self.clients)
         self.seed = seed
         self.device = str(pick_device(device))
         self.history: list[Row] = []
@@ -115,7 +121,7 @@ class Federation:
                 f"{self.method.name} teaches clients by the server's student, found none: give the "
                 'federation a student, or set teach="targets"'
             )
-        _check_clients(self.clients, len(self.classes), self.proxy)
+        check_clients(self.clients, len(self.classes), self.proxy)
 
         exchange = self.method.exchange
         base = training or (self.clients[0].training if self.clients else Recipe())
@@ -130,7 +136,7 @@ class Federation:
             self.classes,
             learner,
             self.method,
-            {member.id: _declared(member, exchange) for member in self.members},
+            {member.id: declared_rows(member, exchange) for member in self.members},
             seed=seed,
             per_round=per_round,
             participation=participation,
@@ -451,72 +457,3 @@ class Federation:
             return {}
         lines = [row["experience"] for row in self.history if "experience" in row]
         return {"stream": summary_of(lines, same=self.stream.same)}
-
-
-def _declared(member: Client | Member, exchange: str) -> int | None:
-    """Rows a client declares: rounded to a power of two, but for FedAvg, which weighs by them."""
-    if isinstance(member, Member):
-        return None if member.rows is None else bucket(member.rows)
-    rows = len(member.data)
-    return rows if exchange == "weights" else bucket(rows)
-
-
-def _class_names(clients: Sequence[Client]) -> tuple[str, ...]:
-    parts = [rows for client in clients for rows in client.experiences()]
-    labels = [int(rows.labels.max()) for rows in parts if len(rows)]
-    return tuple(str(label) for label in range(max(labels, default=0) + 1))
-
-
-def _check_members(members: Sequence[Client | Member], exchange: str) -> None:
-    if not members:
-        raise DataError("a federation needs at least one client, found none")
-    ids = [member.id for member in members]
-    if twice := sorted({name for name in ids if ids.count(name) > 1}):
-        raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
-    possible = {"predictions", *EXCHANGES} - {"weights"}
-    if exchange not in possible and any(isinstance(member, Member) for member in members):
-        raise DataError(
-            "real sites (Member) share predictions, or what their policy allows, found a method "
-            f"that exchanges {exchange}: choose another method"
-        )
-
-
-def _check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> None:
-    for client, rows in [(one, rows) for one in clients for rows in one.experiences()]:
-        labels, inputs = rows.labels, rows.inputs
-        if len(inputs) and inputs.shape[1:] != proxy.inputs.shape[1:]:
-            raise DataError(
-                f"{client.id}: rows must have the shape of proxy rows, {proxy.inputs.shape[1:]}, "
-                f"found {inputs.shape[1:]}: prepare both alike"
-            )
-        bad = np.flatnonzero((labels < 0) | (labels >= classes))
-        if len(bad):
-            raise DataError(
-                f"{client.id}: labels must be 0 to {classes - 1}, row {bad[0]} is outside: "
-                "map the labels, or name all classes"
-            )
-        finite = np.isfinite(inputs).all(axis=tuple(range(1, inputs.ndim)))
-        unclean = np.flatnonzero(~finite)
-        if len(unclean):
-            raise DataError(
-                f"{client.id}: inputs must be finite, row {unclean[0]} is not: clean or impute it"
-            )
-
-
-def _pooled(clients: Sequence[Client]) -> list[Client]:
-    """All rows at one client, with the first client's model; of a stream, by position."""
-    first = clients[0]
-    met = [client.experiences() for client in clients]
-    together = tuple(
-        Rows(
-            np.concatenate([rows.inputs for rows in parts]),
-            np.concatenate([rows.labels for rows in parts]),
-        )
-        for parts in zip(*met, strict=True)
-    )
-    course = None
-    if isinstance(first.course, Timetable):
-        course = Timetable(together, first.course.starts)
-    return [
-        Client("pooled", first.build, together[0], None, first.training, None, course, first.make)
-    ]

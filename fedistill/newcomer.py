@@ -1,0 +1,52 @@
+"""A client before its first round: an untaught learner, and what a user should know of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fedistill.data.overlap import overlap
+from fedistill.distill.build import build_learner
+from fedistill.distill.learner import Learner
+from fedistill.distill.recipe import Recipe
+from fedistill.members import Client
+from fedistill.models import pick_device
+from fedistill.seeding import derive
+from fedistill.types import ProxySet
+
+
+def new_student(
+    build: Callable[[], Any],
+    recipe: Recipe,
+    proxy: ProxySet,
+    classes: int,
+    seed: int,
+    device: str = "cpu",
+    make: Callable[..., Learner] | None = None,
+) -> Learner:
+    """An untaught learner from a factory; of one architecture all start from the same weights."""
+    return (make or build_learner)(
+        build,
+        recipe,
+        classes=classes,
+        seed=derive(seed, "weights"),
+        example=proxy.inputs[:2],
+        device=pick_device(device),
+        background=proxy.inputs if recipe.familiarity or make is not None else None,
+    )
+
+
+def observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]:
+    """What a user should know about a client's rows before training."""
+    if len(client.data) == 0 and client.course is None:
+        yield f"{client.id} has no rows of its own: it learns and does not teach"
+        return
+    met = len(np.unique(client.data.labels))
+    if met == 1 < classes:
+        yield f"{client.id} has rows of one class only"
+    if shared := len(overlap(client.data.inputs, proxy.inputs)):
+        yield f"{client.id}: private rows that are also proxy rows: {shared}"
+    if client.test is not None and (shared := len(overlap(client.test.inputs, proxy.inputs))):
+        yield f"{client.id}: test rows that are also proxy rows: {shared}"
