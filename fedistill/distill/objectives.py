@@ -35,6 +35,17 @@ from fedistill.errors import FedistillError, did_you_mean
 # --- the objectives ------------------------------------------------------------------------------
 
 
+class OneDraw:
+    """What objectives with one draw from the memory share: ``rows`` of it in a step."""
+
+    rows: int
+
+    @property
+    def draws(self) -> tuple[int, ...]:
+        """One draw."""
+        return (self.rows,)
+
+
 @dataclass(frozen=True)
 class FineTune:
     """CE on new rows alone: what forgets.
@@ -50,7 +61,7 @@ class FineTune:
 
 
 @dataclass(frozen=True)
-class Er:
+class Er(OneDraw):
     """Experience replay: CE on new and remembered rows together.
 
     Robins 1995; in this form Chaudhry et al., arXiv 1902.10486: one mean over both.
@@ -60,11 +71,6 @@ class Er:
     """
 
     rows: int = 0
-
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """One draw."""
-        return (self.rows,)
 
     def __call__(self, step: Step) -> Terms:
         """CE(x and x')."""
@@ -78,7 +84,7 @@ class Er:
 
 
 @dataclass(frozen=True)
-class ErAce:
+class ErAce(OneDraw):
     """Experience replay in which new rows do not push old classes away.
 
     Caccia et al., arXiv 2104.05025: on new rows only the classes of the batch compete. As in the
@@ -91,11 +97,6 @@ class ErAce:
 
     rows: int = 0
 
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """One draw."""
-        return (self.rows,)
-
     def __call__(self, step: Step) -> Terms:
         """CE(x) among the classes of the batch + CE(x')."""
         (old,) = step.old
@@ -103,7 +104,7 @@ class ErAce:
 
 
 @dataclass(frozen=True)
-class Der:
+class Der(OneDraw):
     """Dark experience replay: remembered rows keep the logits that they had when they came.
 
     Buzzega et al., arXiv 2004.07211: CE(x) + alpha MSE(f(x'), z'), the mean over rows and classes.
@@ -115,11 +116,6 @@ class Der:
 
     alpha: float = 0.2
     rows: int = 128
-
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """One draw."""
-        return (self.rows,)
 
     def __call__(self, step: Step) -> Terms:
         """CE(x) + alpha MSE(f(x'), z')."""
@@ -183,7 +179,7 @@ class Lwf:
 
 
 @dataclass(frozen=True)
-class AGem:
+class AGem(OneDraw):
     """Averaged GEM: a step may not raise the loss on remembered rows.
 
     Chaudhry et al., arXiv 1812.00420: with g the gradient on new rows and r on remembered ones, g
@@ -195,11 +191,6 @@ class AGem:
     """
 
     rows: int = 128
-
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """One draw."""
-        return (self.rows,)
 
     def __call__(self, step: Step) -> Terms:
         """CE(x) + c CE(x')."""
@@ -273,7 +264,7 @@ class Cfed:
 
 
 @dataclass(frozen=True)
-class Steady:
+class Steady(OneDraw):
     """Ours: DER++ on one draw, its labels freed of what a step shows too often.
 
     A step shows the classes that come now far more often than the stream has shown them, and that
@@ -304,11 +295,6 @@ class Steady:
     beta: float = 1.0
     rows: int = 64
     average: ClassVar[float] = 0.99
-
-    @property
-    def draws(self) -> tuple[int, ...]:
-        """One draw."""
-        return (self.rows,)
 
     def __call__(self, step: Step) -> Terms:
         """CE(g(x)) + beta CE(g(x')) + alpha MSE(f(x'), z')."""

@@ -296,14 +296,17 @@ def table_under(title):
 
 
 def test_the_upload_has_the_documented_fields_and_no_other():
-    assert sorted(table_under("### Upload")) == sorted(UPLOAD_FIELDS)
+    assert sorted(table_under("### Upload")) == sorted([*UPLOAD_FIELDS, "drift"])
 
 
 def test_the_plan_has_the_documented_fields_and_no_other():
     rows = RowSpec(1, 1, 1, 2)
     targets = Targets(round=1, spec=rows, codec="u8", classes=2, payload=b"")
     table = Table(np.zeros((2, 2)))
-    plan = Plan(run="r", round=2, ask=rows, proxy="p", classes="c", targets=targets, table=table)
+    told = {"extra": 1, "consolidate": True, "watch": True}
+    plan = Plan(
+        run="r", round=2, ask=rows, proxy="p", classes="c", targets=targets, table=table, **told
+    )
     header, _ = unseal(plan.to_bytes(), 1 << 20)
     assert sorted(table_under("### Plan")) == sorted(header)
     text = read("round.md")
