@@ -1,4 +1,4 @@
-"""The client's half of a round: absorb, train, predict, protect, encode, in this order.
+"""The client's half of a round: arrive, absorb, train, predict, protect, encode, in this order.
 
 A :class:`Client` is who takes part; a :class:`Site` is that client at work, with the learner and
 the soft targets it was sent. ``Site.answer`` is the whole step: message in, message out. Asked
