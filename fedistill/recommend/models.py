@@ -6,6 +6,7 @@ interactions: what a user chose is handed in as a history, item numbers from 1, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -38,7 +39,37 @@ class Towers(Protocol):
         ...
 
 
-class MatrixFactorisation(nn.Module):
+class ItemTable(nn.Module, ABC):
+    """What models with a table of item vectors share: the tower of the items, and scores.
+
+    Attributes:
+        items: ``[items, width]``.
+        bias: ``[items]``.
+    """
+
+    items: nn.Parameter
+    bias: nn.Parameter
+
+    @abstractmethod
+    def user_vectors(self, users: Tensor, history: Tensor | None = None) -> Tensor:
+        """Vectors of users ``[n, width]``."""
+
+    @abstractmethod
+    def grow(self, users: Tensor | int, items: Tensor | int) -> None:
+        """Append rows for new users and items."""
+
+    def item_vectors(self, items: Tensor | None = None) -> Tensor:
+        return self.items if items is None else F.embedding(items, self.items)
+
+    def item_biases(self, items: Tensor | None = None) -> Tensor:
+        return self.bias if items is None else self.bias[items]
+
+    def forward(self, users: Tensor, history: Tensor | None = None) -> Tensor:
+        """Scores of all items, ``[n, items]``."""
+        return scores_of(self, users, history)
+
+
+class MatrixFactorisation(ItemTable):
     """A vector of its own for each user and each item, and a bias for each item.
 
     Args:
@@ -58,16 +89,6 @@ class MatrixFactorisation(nn.Module):
     def user_vectors(self, users: Tensor, history: Tensor | None = None) -> Tensor:  # noqa: D102
         return F.embedding(users, self.users)
 
-    def item_vectors(self, items: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self.items if items is None else F.embedding(items, self.items)
-
-    def item_biases(self, items: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self.bias if items is None else self.bias[items]
-
-    def forward(self, users: Tensor, history: Tensor | None = None) -> Tensor:
-        """Scores of all items, ``[n, items]``."""
-        return scores_of(self, users, history)
-
     def grow(self, users: Tensor | int, items: Tensor | int) -> None:
         """Append rows for new users and items; what was there keeps every bit.
 
@@ -81,7 +102,7 @@ class MatrixFactorisation(nn.Module):
         self.bias = grown_biases(self.bias, len(self.items))
 
 
-class TwoTower(nn.Module):
+class TwoTower(ItemTable):
     """The user tower also looks at what the user chose: new users are served without training.
 
     User: own vector + W mean(vectors of the history); item: own vector and a bias.
@@ -111,16 +132,6 @@ class TwoTower(nn.Module):
         held = F.embedding((history - 1).clamp_min(0), self.chosen) * there[..., None]
         mixed: Tensor = self.mix(held.sum(1) / there.sum(1, keepdim=True).clamp_min(1))
         return own + mixed
-
-    def item_vectors(self, items: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self.items if items is None else F.embedding(items, self.items)
-
-    def item_biases(self, items: Tensor | None = None) -> Tensor:  # noqa: D102
-        return self.bias if items is None else self.bias[items]
-
-    def forward(self, users: Tensor, history: Tensor | None = None) -> Tensor:
-        """Scores of all items, ``[n, items]``."""
-        return scores_of(self, users, history)
 
     def grow(self, users: Tensor | int, items: Tensor | int) -> None:
         """Append rows for new users and items; what was there keeps every bit.
