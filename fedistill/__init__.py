@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedistill import data, losses, metrics, models, testing
+    from fedistill import data, losses, metrics, models, privacy, testing
     from fedistill.client import Client, Member, Site
     from fedistill.config import Settings
     from fedistill.continual.adwin import Adwin
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from fedistill.experiment import run
     from fedistill.federation import Federation
     from fedistill.presets import Method, method
+    from fedistill.privacy.dpsgd import PrivateStudent
+    from fedistill.privacy.ledger import Ledger
     from fedistill.recommend import Recommender
+    from fedistill.settings import Privacy
     from fedistill.types import Dataset, ProxySet, Rows
 
 __version__ = "0.1.0"
@@ -44,10 +47,13 @@ _HOMES = {
     "FedistillError": "fedistill.errors",
     "IncrementalDistiller": "fedistill.distill.incremental",
     "Learner": "fedistill.distill.learner",
+    "Ledger": "fedistill.privacy.ledger",
     "Member": "fedistill.client",
     "Method": "fedistill.presets",
     "Mmd": "fedistill.continual.mmd",
     "PageHinkley": "fedistill.continual.page_hinkley",
+    "Privacy": "fedistill.settings",
+    "PrivateStudent": "fedistill.privacy.dpsgd",
     "ProxySet": "fedistill.types",
     "Recipe": "fedistill.distill.recipe",
     "Recommender": "fedistill.recommend",
@@ -60,7 +66,7 @@ _HOMES = {
     "open_site": "fedistill.deployment",
     "run": "fedistill.experiment",
 }
-_MODULES = ("data", "losses", "metrics", "models", "testing")
+_MODULES = ("data", "losses", "metrics", "models", "privacy", "testing")
 
 __all__ = [
     "Adwin",
@@ -73,10 +79,13 @@ __all__ = [
     "FedistillError",
     "IncrementalDistiller",
     "Learner",
+    "Ledger",
     "Member",
     "Method",
     "Mmd",
     "PageHinkley",
+    "Privacy",
+    "PrivateStudent",
     "ProxySet",
     "Recipe",
     "Recommender",
@@ -91,6 +100,7 @@ __all__ = [
     "metrics",
     "models",
     "open_site",
+    "privacy",
     "run",
     "testing",
 ]

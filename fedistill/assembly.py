@@ -17,9 +17,12 @@ from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.rehearsal import continual_learner
 from fedistill.federation import Federation
-from fedistill.presets import Method
+from fedistill.newcomer import private_client
+from fedistill.presets import Method, discreet
 from fedistill.presets import method as preset
+from fedistill.privacy.terms import PRIVATE
 from fedistill.seeding import derive
+from fedistill.settings import PolicySettings
 from fedistill.streamed import Streamed
 from fedistill.types import ProxySet
 
@@ -30,13 +33,21 @@ STUDENT_WIDTH = 128
 
 
 def method_of(settings: Settings) -> Method:
-    """The preset with what the settings change in it."""
+    """The preset with what the settings change in it; a private one tells nothing but predictions.
+
+    Raises:
+        SettingsError: the method tells more of private rows than predictions, and has to.
+    """
     changes = {
         item.name: getattr(settings.method, item.name)
         for item in dataclasses.fields(settings.method)
         if item.name != "preset" and getattr(settings.method, item.name) is not None
     }
-    return preset(settings.method.preset, **changes)
+    chosen = preset(settings.method.preset, **changes)
+    private = settings.privacy.mechanism in (*PRIVATE, "central-gauss")
+    return (
+        discreet(chosen, own="rule" in changes or "familiarity" in changes) if private else chosen
+    )
 
 
 def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federation:
@@ -44,20 +55,28 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
     dataset = federated.dataset
     shape, classes = dataset.public.inputs.shape[1:], len(dataset.classes)
     training = training_of(settings, federated)
+    ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
+    mechanisms = config.group_value(settings.clients, ids, "mechanism")
     student = student_factory(settings, shape, classes)
     agreed, courses = settings.deployment, courses_of(settings, federated)
     clients: list[Client | Member] = [
         Member(name, agreed.most_rows or None) for name in agreed.sites
     ]
     present = [
-        Client(
-            name,
-            student if chosen.exchange == "rows" else model_factory(training[name], shape, classes),
-            part if (course := courses[name]) is None else course.rows(0),
-            federated.tests.get(name),
-            recipe(training[name]),
-            course=course,
-            make=maker(settings, name),
+        privately(
+            Client(
+                name,
+                student
+                if chosen.exchange == "rows"
+                else model_factory(training[name], shape, classes),
+                part if (course := courses[name]) is None else course.rows(0),
+                federated.tests.get(name),
+                recipe(training[name]),
+                course=course,
+                make=maker(settings, name),
+            ),
+            settings,
+            mechanisms.get(name),
         )
         for name, part in federated.parts.items()
     ]
@@ -79,6 +98,7 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         anchors=dataset.public.labels,
         stream=streamed(settings, federated),
         alarm_quorum=settings.continual.quorum,
+        privacy=settings.privacy,
     )
 
 
@@ -114,6 +134,26 @@ def maker(settings: Settings, name: str) -> Callable[..., Learner] | None:
     if not settings.continual.active:
         return None
     return partial(continual_learner, settings.continual, derive(settings.seed, name, "memory"))
+
+
+def privately(
+    client: Client,
+    settings: Settings,
+    mechanism: str | None = None,
+    policy: PolicySettings | None = None,
+) -> Client:
+    """A client with its terms and its private learner, where the settings ask for that.
+
+    Args:
+        client: as it would be without privacy.
+        settings: what was agreed.
+        mechanism: of the client alone, where it has another one.
+        policy: of a real site.
+    """
+    how = settings.privacy
+    return private_client(
+        client, how, settings.rounds, mechanism, continual=settings.continual, policy=policy
+    )
 
 
 def _attacked(

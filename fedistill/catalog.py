@@ -25,6 +25,7 @@ TABLES: Mapping[str, str] = {
     "attacks": "fedistill.attacks:ATTACKS",
     "backends": "fedistill.catalog:BACKENDS",
     "mechanisms": "fedistill.catalog:MECHANISMS",
+    "encoders": "fedistill.catalog:ENCODERS",
 }
 
 MODELS: Mapping[str, str] = {
@@ -60,7 +61,20 @@ BACKENDS: Mapping[str, str] = {
 
 MECHANISMS: Mapping[str, str] = {
     "none": "no differential privacy; the report says so",
+    "dpsgd": "students trained by DP-SGD: what they predict is private, however often",
+    "dp-head": "a head trained by DP-SGD on features learnt from public rows: for small shards",
+    "gnmax": "noisy votes of sub-teachers, each taught on rows of its own",
+    "central-gauss": "noise on the mean, at a trusted server: hides a client among hundreds",
+    "hard-label": "labels in place of probabilities: tells less, and is NOT differentially private",
 }
+
+ENCODERS: Mapping[str, str] = {
+    "auto": "components for images, inputs as they are for tables",
+    "none": "inputs as they are, scaled to length 1",
+    "components": "principal components of the public rows, half whitened",
+    "kernel": "how near a row is to some public rows (random or Nystroem features)",
+}
+"""What :mod:`fedistill.privacy.encoders` makes for ``dp-head``, from public rows alone."""
 
 
 def table(kind: str) -> Mapping[str, Any]:
@@ -86,3 +100,9 @@ def summary(kind: str, name: str) -> str:
         return entry
     text = getattr(entry, "summary", None) or getattr(entry, "__doc__", None) or ""
     return str(text).strip().split("\n", 1)[0].rstrip(".")
+
+
+def refusal(value: str) -> str | None:
+    """Why a mechanism that others have is refused here; None for other names."""
+    found: str | None = importlib.import_module("fedistill.privacy.refused").why_refused(value)
+    return found

@@ -18,6 +18,7 @@ from fedistill.errors import FedistillError
 typer.core.HAS_RICH = False
 
 MOST_NOTES = 10
+AUDIT_FAILED = 5
 INTERRUPTED = 130
 RESUMABLE = "fedistill: interrupted; the same command with --resume goes on"
 
@@ -209,6 +210,101 @@ def status(
         shown.watch(folder, lambda found: typer.echo("\n".join([*shown.lines(found), ""])))
     else:
         typer.echo("\n".join(shown.lines(shown.read_status(folder))))
+
+
+@app.command()
+def audit(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_FILE", help="A run folder, or a settings file.")
+    ],
+    canaries: Annotated[int, typer.Option(help="Planted rows, each in by a fair coin.")] = 1000,
+    client: Annotated[str | None, typer.Option(help="Whose; default: with most rows.")] = None,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
+    out: Annotated[Path | None, typer.Option(help="Where figures go; default: the run.")] = None,
+) -> None:
+    """Audit the privacy of a run: is what leaks less than what is claimed?
+
+    Trains once more with planted rows, never the model in use. Exit code 5 if the measured lower
+    bound exceeds the claim.
+    """
+    from fedistill import auditing
+
+    found = auditing.audit(
+        source, canaries=canaries, client=client, confidence=confidence, out=out, say=typer.echo
+    )
+    if not found["passed"]:
+        raise typer.Exit(AUDIT_FAILED)
+
+
+@app.command()
+def forget(
+    state: Annotated[
+        Path, typer.Argument(metavar="STATE", help="A site's folder, or a run folder.")
+    ],
+    subject: Annotated[
+        list[str] | None, typer.Option(help="Whose rows, at a site; may be repeated.")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option(help="At the coordinator: the site whose predictions to drop.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Train anew, without their influence.")
+    ] = False,
+) -> None:
+    """Forget persons at a site, or a site at the coordinator; with a receipt."""
+    from fedistill import forget as forgetting
+
+    if bool(subject) == (client is not None):
+        found = "both" if subject else "neither"
+        raise typer.BadParameter(f"expected --subject or --client, found {found}")
+    if client is not None:
+        forgetting.drop_client(state, client, restart=restart, say=typer.echo)
+    else:
+        forgetting.forget(state, subject or [], restart=restart, say=typer.echo)
+
+
+ledger = typer.Typer(
+    no_args_is_help=True, help="The privacy ledger of a site.", rich_markup_mode=None
+)
+app.add_typer(ledger, name="ledger")
+LedgerPath = Annotated[
+    Path, typer.Argument(metavar="PATH", help="ledger.sqlite, or the folder that holds it.")
+]
+
+
+@ledger.command("show")
+def ledger_show(path: LedgerPath) -> None:
+    """Show every entry, and what was spent."""
+    from fedistill.privacy import show
+
+    for line in show.show(path):
+        typer.echo(line)
+
+
+@ledger.command("verify")
+def ledger_verify(path: LedgerPath) -> None:
+    """Check that nothing was edited, moved or taken away."""
+    from fedistill.privacy import show
+
+    typer.echo(show.verify(path))
+
+
+@ledger.command("acknowledge-loss")
+def ledger_acknowledge(
+    path: LedgerPath,
+    epsilon: Annotated[float, typer.Option(help="The most that may be missing.")],
+    delta: Annotated[float | None, typer.Option(help="Delta of that; default: a little.")] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="An entry that is gone, as it is asked for.")
+    ] = None,
+) -> None:
+    """Go on with a ledger that was restored from a backup.
+
+    What may be missing is charged to all: at least the epsilon that the site told last.
+    """
+    from fedistill.privacy import show
+
+    typer.echo(show.acknowledge(path, epsilon, delta, head or ()))
 
 
 deploy = typer.Typer(

@@ -1,8 +1,9 @@
-"""The client's half of a round: arrive, absorb, train, predict, protect, encode, in this order.
+"""The client's half of a round: arrive, pay, absorb, train, predict, protect, encode, in order.
 
 A :class:`Client` is who takes part; a :class:`Site` is that client at work, with the learner and
 the soft targets it was sent. ``Site.answer`` is the whole step: message in, message out. Asked
-twice for one round it returns the same stored bytes.
+twice for one round it returns the same stored bytes. Where what is shared is private, training is
+paid for before it begins, and the answer leaves only once the ledger holds its digest.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from fedistill.aggregate.clusters import nearest
 from fedistill.aggregate.rules import softmax, takes
 from fedistill.cache import Said
 from fedistill.continual.erasure import ErasureReceipt
+from fedistill.continual.purge import heed
 from fedistill.course import Met, consolidate
+from fedistill.data.erased import bury, without_erased
 from fedistill.distill.learner import Learner
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import CheckpointError, FedistillError, Rejected, RunError
+from fedistill.errors import (
+    BudgetExceeded,
+    CheckpointError,
+    FedistillError,
+    Rejected,
+    RunError,
+)
 from fedistill.members import Client as Client
 from fedistill.members import Member as Member
 from fedistill.newcomer import new_student as new_student
 from fedistill.newcomer import observations
 from fedistill.presets import Method
+from fedistill.privacy.account import Account, Step
+from fedistill.privacy.labels import hard_labels
+from fedistill.privacy.learner import Answering, Private
+from fedistill.privacy.ledger import Entry
 from fedistill.seeding import derive
 from fedistill.select import Selector, floats
 from fedistill.settings import CLIENT_ID
@@ -79,12 +92,20 @@ class Site:
         self.method = method
         self.seed = seed
         self.alarm = False
+        self.exhausted = False
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}
         self.limit = LARGEST_MESSAGE
+        self.account = None if client.terms is None else Account(client.terms)
+        if client.terms is not None and not isinstance(learner, Private):
+            raise FedistillError(
+                f"{client.id}: expected a learner that is paid for (quote, allow, units) where "
+                f"there are terms of privacy, found {type(learner).__name__}"
+            )
         self._begin()
         self.notes = list(observations(client, proxy, len(classes)))
+        self.notes += [f"{client.id}: {note}" for note in getattr(learner, "notes", ())]
 
     def _begin(self) -> None:
         """As before the first round."""
@@ -146,7 +167,10 @@ class Site:
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
         self.agree(plan)
+        if (released := self._released(plan)) is not None:
+            return released
         self.arrive(plan)
+        paid = self.pay(plan)
         self.absorb(plan)
         self.train(plan)
         self.upload, self.refusal = b"", None
@@ -154,9 +178,14 @@ class Site:
             self.upload = self.share(plan).to_bytes()
         except Rejected as refusal:
             self.refusal = refusal
+        self.release(paid)
         self.run, self.round = plan.run, plan.round
         self.save()
         return self._stored()
+
+    def _released(self, plan: Plan) -> bytes | None:
+        """What the ledger says was released for this round: it is sent again, and not made anew."""
+        return None if self.account is None else self.account.released(plan.run, plan.round)
 
     def _stored(self) -> bytes:
         """The answer of this round, a refusal being one too: it is not trained for again."""
@@ -183,6 +212,15 @@ class Site:
             raise Rejected("shape", "the server offers more targets a row than the method has")
         if plan.run == self.run and plan.round < self.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {self.round}")
+        self._agree_on_privacy(plan)
+
+    def _agree_on_privacy(self, plan: Plan) -> None:
+        """Refuse a request for less privacy than was agreed on, or for another purpose."""
+        if self.account is not None:
+            self.account.agree(plan.mechanism, plan.purpose, plan.receipt)
+        elif plan.mechanism != ("" if self.client.mechanism == "none" else self.client.mechanism):
+            asked = plan.mechanism or "none"
+            raise Rejected("policy", f"agreed was {self.client.mechanism}, the server says {asked}")
 
     def arrive(self, plan: Plan) -> None:
         """Turn to the rows of the day; new ones test the learner before it learns them."""
@@ -200,8 +238,57 @@ class Site:
         course = self.client.course
         self.position = position
         self.data = self.client.data if course is None else course.rows(position)
+        if self.place is not None:
+            self.data = without_erased(self.data, self.place)
         own = derive(self.seed, self.client.id, "density")
         self.selector = Selector(self.method, self.data, self.proxy, own)
+
+    @property
+    def place(self) -> Path | None:
+        """Where what outlives runs is kept: tombstones and ledger; None: nowhere."""
+        if self.runs is not None:
+            return self.runs.parent
+        return None if self.path is None else self.path.parent
+
+    def _leave_out(self) -> None:
+        """From now on without the rows of people who were forgotten meanwhile."""
+        if self.place is not None and without_erased(self.data, self.place) is not self.data:
+            self._turn_to(self.position)
+
+    def _heeded(self, learner: State) -> State:
+        """A learner's state without people who were forgotten since it was saved."""
+        return learner if self.place is None else heed(learner, self.data, self.place)
+
+    def pay(self, plan: Plan) -> Entry | None:
+        """Have the ledger charge the round's training before it begins; None where it is free.
+
+        Raises:
+            BudgetExceeded: it would cost more than is left: nothing is computed.
+        """
+        if self.account is None:
+            return None
+        assert isinstance(self.learner, Private)
+        step = Step(plan.run, plan.round, self._left(plan), plan.rows())
+        try:
+            return self.account.pay(step, self.learner, self.data)
+        except BudgetExceeded:
+            self.exhausted = True
+            raise
+
+    def _left(self, plan: Plan) -> int:
+        """Rounds in which the present rows may still be trained on, this one included."""
+        assert self.account is not None
+        number = plan.round - plan.extra
+        left = 0 if plan.consolidate else max(self.account.terms.rounds - number + 1, 0)
+        until = getattr(self.client.course, "left", None)
+        if until is None or getattr(self.learner, "replay", None) is not None:
+            return left
+        return min(left, until(number) or left)  # rows that are not remembered go with their time
+
+    def release(self, paid: Entry | None) -> None:
+        """Note on the ledger what was bought: from then on the answer may leave."""
+        if self.account is not None and paid is not None and self.upload:
+            self.account.release(paid, self.upload)
 
     def absorb(self, plan: Plan) -> None:
         """Learn from the last round's soft targets."""
@@ -233,10 +320,13 @@ class Site:
         return nearest(choices, softmax(self.learner.predict(self.proxy.inputs[rows])))
 
     def train(self, plan: Plan) -> None:
-        """Train on own rows; in a round of distillation, on soft targets and what is remembered."""
+        """Train on own rows; in a round of distillation, on soft targets and what is remembered.
+
+        With an account, also in rounds after those that are paid for: soft targets are public.
+        """
         seed = self._seed(plan, "train")
         before = getattr(self.learner, "passed", 0)
-        if plan.consolidate:
+        if plan.consolidate or (self.account is not None and not self._left(plan)):
             consolidate(self.learner, self.data, seed)
             self.alarm = False
         else:
@@ -255,9 +345,11 @@ class Site:
         return self.encode(plan, answered, self.protect(logits), familiarity)
 
     def predict(self, rows: IntArray) -> Logits:
-        """Logits on some proxy rows, ``[rows, classes]``."""
-        inputs = self.proxy.inputs[rows]
-        return floats(self.learner.predict(inputs), (len(inputs), len(self.classes)))
+        """Logits on some proxy rows, ``[rows, classes]``: those that may leave."""
+        shape = len(rows), len(self.classes)
+        if isinstance(self.learner, Answering):
+            return floats(self.learner.answer(rows), shape)
+        return floats(self.learner.predict(self.proxy.inputs[rows]), shape)
 
     def protect(self, logits: Logits) -> Probs:
         """What may be shared: finite, bounded probabilities."""
@@ -269,7 +361,8 @@ class Site:
         self.clipped = int(extreme.sum())
         if len(extreme) and extreme.mean() > 0.01:
             raise Rejected("extreme", f"{extreme.mean():.0%} of the rows have logits beyond 1e4")
-        return softmax(centred.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
+        probs = softmax(centred.clip(-LARGEST_LOGIT, LARGEST_LOGIT))
+        return hard_labels(probs) if self.client.mechanism == "hard-label" else probs
 
     def encode(
         self, plan: Plan, answered: Mask, probs: Probs, familiarity: FloatArray | None
@@ -296,6 +389,8 @@ class Site:
             familiarity=familiarity is not None,
             seen=self._seen() if "seen" in takes(self.method.bound_rule()) else "0",
             drift=self.alarm if plan.watch else None,
+            epsilon=None if self.account is None else self.account.spent(),
+            ledger="" if self.account is None else self.account.head,
             size=bucket(len(labels)),
             payload=payload,
             declined=pack_mask(~answered) if len(labels) else b"",
@@ -316,6 +411,15 @@ class Site:
         self.path = folder / "sites" / self.client.id / "state" if folder else None
         if self.path is not None:
             store.probe(self.path.parent)
+            self._account_in(self.path.parent)
+            self._leave_out()
+
+    def _account_in(self, folder: Path) -> None:
+        """Keep the ledger in this folder, and what it says was released."""
+        if self.client.terms is not None and (
+            self.account is None or self.account.folder != folder
+        ):
+            self.account = Account(self.client.terms, folder)
 
     def keep_runs_in(self, folder: Path) -> None:
         """Keep a state for every run under ``folder/RUN``: a real site outlives a run.
@@ -323,6 +427,8 @@ class Site:
         A run that the site has not met starts with the student as it was built.
         """
         self.runs, self.untaught = folder, self.learner.state_dict()
+        self._account_in(folder.parent)
+        self._leave_out()
 
     def recall(self, plan: Plan) -> str | None:
         """Go on from the state on disk, where another process may have done the last step.
@@ -384,13 +490,15 @@ class Site:
         if self.client.course is not None:
             facts |= {"position": self.position, "met": [one.facts() for one in self.met]}
             facts["alarm"] = self.alarm
+        if self.account is not None:
+            facts["privacy"] = self.account.facts()
         store.save_state(self.path, arrays, facts)
 
     def erase(self, subject: object) -> ErasureReceipt:
         """Forget a person's remembered rows, here and on disk, and let none of them in again.
 
-        Both generations of the state are written anew. The rows that the client itself holds are
-        its own affair, and the weights have learned from them.
+        Both generations of the state are written anew, and a tombstone: of the rows that the client
+        itself holds, the person's are left out from now on. The weights have learned from them.
 
         Raises:
             FedistillError: this client remembers no rows, or no such name can be.
@@ -401,6 +509,10 @@ class Site:
                 f"erase: {self.client.id} remembers no rows: there is nothing to erase"
             )
         receipt: ErasureReceipt = erase(subject)
+        if self.place is not None:
+            bury(self.place, [str(subject)])
+            self._leave_out()
+            self.learner.load_state_dict(self._heeded(self.learner.state_dict()), self.data)
         self.save()
         self.save()
         return receipt
@@ -434,20 +546,25 @@ class Site:
             arrays, meta, _ = store.load_state(store.previous(self.path))
             note = "state is ahead of the server's, the generation before it was used"
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
+        self._leave_out()
         if "position" in meta:
             self._turn_to(meta["position"])
             self.met = [Met.from_facts(one) for one in meta["met"]]
             self.alarm = meta["alarm"]
-        if type(self.learner) is TorchStudent:
+        learner = learner or dict(self.untaught)  # after `forget --restart`: as it was built
+        if learner and type(self.learner) is TorchStudent:
             store.same_names(learner, self.learner.state_dict(), self.client.id)
         try:
-            self.learner.load_state_dict(learner, self.data)
+            if learner:
+                self.learner.load_state_dict(self._heeded(learner), self.data)
         except KeyError as missing:
             raise CheckpointError(
                 f"the saved state of {self.client.id} belongs to another model (missing "
                 f"{missing.args[0]}): resume with the settings it was written with, or start in "
                 "a new folder"
             ) from None
+        if self.account is not None and "privacy" in meta:
+            self.account.recall(meta["privacy"])
         self.targets, self.stamp = arrays["targets"], arrays["stamp"]
         self.upload = arrays["upload"].tobytes()
         for name, part in self._held().items():

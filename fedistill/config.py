@@ -284,6 +284,8 @@ def out_of_range(item: dataclasses.Field[Any], value: Any) -> str | None:
         choices = limits["choices"]
         names = catalog.known(choices) if isinstance(choices, str) else choices
         if value not in names:
+            if choices == "mechanisms" and (why := catalog.refusal(value)):
+                return f'"{value}": {why}'
             return f'unknown value "{value}"{did_you_mean(value, names)}'
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not math.isfinite(value):
@@ -383,13 +385,29 @@ def client_settings(clients: ClientsSettings, ids: Sequence[str]) -> dict[str, T
     """
     base = {item.name: getattr(clients, item.name) for item in dataclasses.fields(TrainSettings)}
     resolved = {name: TrainSettings(**base) for name in ids}
+    for name, group in _grouped(clients, ids):
+        own = {key: getattr(group, key) for key in base if getattr(group, key) is not None}
+        resolved[name] = TrainSettings(**(base | own))
+    return resolved
+
+
+def group_value(clients: ClientsSettings, ids: Sequence[str], key: str) -> dict[str, Any]:
+    """For each client whose group sets it, what its group says of one key.
+
+    Raises:
+        SettingsError: a group names a site that does not exist.
+    """
+    found = {name: getattr(group, key) for name, group in _grouped(clients, ids)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _grouped(clients: ClientsSettings, ids: Sequence[str]) -> Iterator[tuple[str, GroupSettings]]:
+    """Each client that is in a group, with its group."""
     named = {name for group in clients.group for name in group.sites}
     if unknown := sorted(named - set(ids)):
         text = f'no client "{unknown[0]}"{did_you_mean(unknown[0], ids)}'
         raise SettingsError([Problem("clients.group", text)])
     waiting = iter([name for name in ids if name not in named])
     for group in clients.group:
-        own = {key: getattr(group, key) for key in base if getattr(group, key) is not None}
         for name in group.sites or [next(waiting) for _ in range(group.count)]:
-            resolved[name] = TrainSettings(**(base | own))
-    return resolved
+            yield name, group

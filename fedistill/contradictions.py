@@ -118,6 +118,7 @@ def contradictions(settings: Settings, lines: Lines) -> Iterator[Problem]:
     yield from _deployment_contradictions(settings, problem)
     yield from _stream_contradictions(settings, problem)
     yield from _continual_contradictions(settings, problem)
+    yield from _privacy_contradictions(settings, problem)
 
 
 def _simulation_contradictions(
@@ -225,6 +226,85 @@ def _continual_contradictions(
         yield problem("continual.on", f"{how.drift} watches one number a row, mmd all predictions")
     if settings.method.preset in {"centralised", "local"} and how.quorum:
         yield problem("continual.quorum", "a baseline in which nobody shares has no quorum")
+
+
+ACCOUNTED = ("dpsgd", "dp-head", "gnmax")
+"""Mechanisms that a client keeps an account for."""
+UNMIXED = ("", "er", "fine-tune")
+"""Objectives whose steps are sums over rows, each of which can be clipped alone."""
+
+
+def _privacy_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """What privacy needs, and what would break it."""
+    how, clients, continual = settings.privacy, settings.clients, settings.continual
+    for number, group in enumerate(clients.group):
+        if group.mechanism is not None and (
+            how.mechanism not in ACCOUNTED or group.mechanism not in ACCOUNTED
+        ):
+            yield problem(
+                f"clients.group.{number}.mechanism",
+                f"a group may have another private mechanism ({', '.join(ACCOUNTED)}) than the "
+                f'federation, where that is private, found "{group.mechanism}" beside '
+                f'"{how.mechanism}"',
+            )
+    if how.mechanism == "central-gauss":
+        yield from _central_contradictions(settings, problem)
+    if how.mechanism not in ACCOUNTED:
+        return
+    if how.unit == "user" and not settings.data.subject and not _is_sessions(settings):
+        yield problem(
+            "data.subject", "users as the unit of privacy need the column that names them"
+        )
+    if how.unit == "record" and (clients.model == "sequential" or _is_sessions(settings)):
+        yield problem(
+            "privacy.unit", 'a user has many rows in a recommender: expected "user", found "record"'
+        )
+    if settings.attack.kind is not None:
+        yield problem("attack.kind", "simulated bad clients keep no account: leave one of both out")
+    if (continual.objective or "") not in UNMIXED:
+        yield problem(
+            "continual.objective",
+            f"{continual.objective} joins rows in one gradient, which cannot be clipped row by "
+            "row: expected er or fine-tune",
+        )
+    if continual.buffer and (continual.policy, continual.draw) != ("reservoir", "uniform"):
+        yield problem(
+            "continual.policy",
+            "under a privacy budget rows must stay by their own coin, whatever other rows are: "
+            f"expected reservoir and uniform, found {continual.policy} and {continual.draw}",
+        )
+    if continual.drift is not None or continual.teacher != "none" or continual.max_uses:
+        yield problem(
+            "continual.drift",
+            "detectors, teachers besides and max_uses look at private rows without an account: "
+            "leave them out",
+        )
+
+
+def _central_contradictions(
+    settings: Settings, problem: Callable[[str, str], Problem]
+) -> Iterator[Problem]:
+    """Noise at the server hides one client among many."""
+    if settings.clients.partition != "by-column" and settings.clients.count < MOST_ALONE:
+        yield problem(
+            "privacy.mechanism",
+            f"central-gauss hides a client among {MOST_ALONE} or more, found "
+            f"{settings.clients.count}: the noise would drown the mean; take dpsgd or dp-head",
+        )
+    if settings.method.rule not in {None, "mean"}:
+        yield problem(
+            "method.rule", f'central-gauss is noise on the mean, found "{settings.method.rule}"'
+        )
+
+
+MOST_ALONE = 100
+"""Clients below which noise at the server is refused."""
+
+
+def _is_sessions(settings: Settings) -> bool:
+    return settings.data.source.partition(":")[0] == "sessions"
 
 
 def _deployment_contradictions(

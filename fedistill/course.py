@@ -52,6 +52,11 @@ class Timetable:
         """The rows of one."""
         return self.experiences[position]
 
+    def left(self, number: int) -> int | None:
+        """Regular rounds until the next one begins, this one included; None: none begins."""
+        later = [start for start in self.starts if start > number]
+        return min(later) - number if later else None
+
 
 def timetable(experiences: tuple[Rows, ...], every: int, lag: int = 0) -> Timetable:
     """An experience each ``every`` rounds; all but the first come ``lag`` rounds later.

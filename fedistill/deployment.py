@@ -19,11 +19,12 @@ from typing import BinaryIO
 import numpy as np
 
 from fedistill import config, store
-from fedistill.assembly import maker, method_of, model_factory, recipe
+from fedistill.assembly import maker, method_of, model_factory, privately, recipe
 from fedistill.client import Client, Site
 from fedistill.config import DataSettings, Settings, SiteSettings, TrainSettings
 from fedistill.course import Course
 from fedistill.data import Federated
+from fedistill.data.erased import without_erased
 from fedistill.data.files import find_files
 from fedistill.data.npz import load_arrays
 from fedistill.data.site import Public, read_public, split
@@ -59,7 +60,7 @@ def public_rows(settings: Settings) -> Public:
 def coordinated(settings: Settings) -> Federated:
     """What the coordinator holds: public rows, test rows if it has any, and nobody's own."""
     public = public_rows(settings)
-    test = public.own(settings.data.test, settings.data)
+    test = public.own(settings.data.test, settings.data, owned=False)
     blank = Rows(public.proxy.inputs, np.full(len(public.proxy), -1, dtype=np.int64))
     name = settings.data.test or settings.proxy.path
     return Federated(Dataset(name, public.none(), test, blank, public.classes), parts={})
@@ -120,6 +121,8 @@ class Workplace:
             Rejected: ``policy``.
         """
         policy = self.settings.policy
+        if reason := self.refuses():
+            raise Rejected("policy", reason)
         exchange = self.site.method.exchange
         if exchange != "predictions" and exchange not in policy.share:
             raise Rejected("policy", f"this site does not share {exchange}")
@@ -130,6 +133,19 @@ class Workplace:
             raise Rejected("policy", f"this site answers {policy.rounds} rounds of a run")
         if policy.rows and plan.count() > policy.rows:
             raise Rejected("policy", f"this site answers {policy.rows} proxy rows in a round")
+
+    def refuses(self) -> str:
+        """Why this site answers nothing of what was agreed; empty: it does."""
+        policy, agreed = self.settings.policy, self.agreed.privacy
+        mechanism = self.settings.mechanism or agreed.mechanism
+        if policy.mechanisms and mechanism not in policy.mechanisms:
+            wanted = ", ".join(policy.mechanisms)
+            return f"this site answers with {wanted}, agreed was {mechanism}"
+        if policy.purposes and agreed.purpose not in policy.purposes:
+            return "this site does not answer for the purpose that was agreed on"
+        if policy.proxies and self.site.proxy.fingerprint not in policy.proxies:
+            return "this site does not answer on these proxy rows"
+        return ""
 
     def prepare(self, message: bytes) -> None:
         """Allow a plan, and take up the state that its round begins with.
@@ -207,6 +223,7 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
         course=incoming(folder, settings, agreed, public, rows),
         make=maker(agreed, settings.id),
     )
+    client = privately(client, agreed, settings.mechanism, settings.policy)
     method = method_of(agreed)
     kind = TableSite if method.exchange in EXCHANGES else Site
     site = kind.open(
@@ -263,23 +280,24 @@ def own_data(settings: SiteSettings, agreed: Settings) -> DataSettings:
 def own_rows(
     settings: SiteSettings, agreed: Settings, public: Public, *, cache: bool = False
 ) -> tuple[Rows, Rows]:
-    """The site's rows to train on and to test on.
+    """The site's rows to train on and to test on, without those of people who were forgotten.
 
     Reading a large table takes longer than a step, and every message is served by a new process:
     what was read is kept in ``state/cache``, for as long as the files and settings are unchanged.
     """
     data = own_data(settings, agreed)
     kept = _cache(settings, agreed, public) if cache else None
-    if kept is not None and (found := _cached(kept)) is not None:
-        return found
-    rows = public.own(data.source, data)
-    if data.test:
-        parts = rows, public.own(data.test, data)
-    else:
-        parts = split(rows, data, agreed.seed, settings.id)
-    if kept is not None:
-        _remember(kept, *parts)
-    return parts
+    found = parts = None if kept is None else _cached(kept)
+    if parts is None:
+        rows = public.own(data.source, data)
+        if data.test:
+            parts = rows, public.own(data.test, data)
+        else:  # divided first: nobody's rows change sides because another's are left out
+            parts = split(rows, data, agreed.seed, settings.id)
+    train, test = (without_erased(part, Path(STATE)) for part in parts)
+    if kept is not None and found is None:
+        _remember(kept, train, test)
+    return train, test
 
 
 def _cache(settings: SiteSettings, agreed: Settings, public: Public) -> Path | None:
@@ -303,7 +321,11 @@ def _cache(settings: SiteSettings, agreed: Settings, public: Public) -> Path | N
 def _cached(path: Path) -> tuple[Rows, Rows] | None:
     try:
         kept = load_arrays(path)
-        return Rows(kept["inputs"], kept["labels"]), Rows(kept["test_inputs"], kept["test_labels"])
+        train, test = (
+            Rows(kept[f"{part}inputs"], kept[f"{part}labels"], subject=kept.get(f"{part}subject"))
+            for part in ("", "test_")
+        )
+        return train, test
     except (DataError, KeyError, OSError):
         return None
 
@@ -315,14 +337,14 @@ def _remember(path: Path, rows: Rows, test: Rows) -> None:
         path.parent.chmod(0o700)
         for old in path.parent.glob("rows-*.npz"):
             old.unlink(missing_ok=True)
+        held = {
+            f"{part}{name}": array
+            for part, some in (("", rows), ("test_", test))
+            for name in ("inputs", "labels", "subject")
+            if (array := getattr(some, name)) is not None
+        }
         with _private(path) as file:
-            np.savez(
-                file,
-                inputs=rows.inputs,
-                labels=rows.labels,
-                test_inputs=test.inputs,
-                test_labels=test.labels,
-            )
+            np.savez(file, **held)
 
 
 @contextlib.contextmanager

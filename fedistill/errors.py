@@ -25,6 +25,12 @@ class QuorumError(RunError):
     """Too few usable uploads, several times in a row."""
 
 
+class BudgetExhausted(RunError):
+    """Every client has spent its privacy budget: the run cannot go on."""
+
+    exit_code = 4
+
+
 class CheckpointError(RunError):
     """A saved state that cannot be used here (other model, newer format, carries code)."""
 
@@ -75,6 +81,30 @@ class Rejected(FedistillError):
         self.reason = reason
         self.detail = detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
+class BudgetExceeded(Rejected):
+    """What a step would cost is more than is left: nothing was computed, nothing is spent.
+
+    Attributes:
+        spent: epsilon so far.
+        asked: epsilon after the step.
+        limit: the most it may be.
+    """
+
+    def __init__(self, spent: float, asked: float, limit: float) -> None:
+        self.spent = spent
+        self.asked = asked
+        self.limit = limit
+        super().__init__(
+            "budget_exhausted",
+            f"epsilon {spent:.3g} is spent, the next step would make it {asked:.3g}, the limit is "
+            f"{limit:.3g}: raise the limit, or plan fewer rounds",
+        )
+
+
+class LedgerError(RunError):
+    """A privacy ledger that cannot be trusted (edited, rolled back, gone): nothing is released."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -12,19 +12,23 @@ import numpy as np
 
 from fedistill.client import Site
 from fedistill.distill.learner import Learner
-from fedistill.metrics import accuracy, auc
+from fedistill.metrics import accuracy, auc, calibration_error
 from fedistill.types import Rows
 
 Figures = dict[str, float | None]
 
 
 def measure(learner: Learner, rows: Rows) -> Figures:
-    """Accuracy, and AUC for two classes.
+    """Accuracy, AUC for two classes, and how far confidence is from accuracy.
 
     Of a simulated bad client it is what its model can do that is measured, not what it says.
     """
     logits = getattr(learner, "honest", learner.predict)(rows.inputs)
-    return {"accuracy": accuracy(logits, rows.labels), "auc": auc(logits, rows.labels)}
+    return {
+        "accuracy": accuracy(logits, rows.labels),
+        "auc": auc(logits, rows.labels),
+        "calibration_error": calibration_error(logits, rows.labels),
+    }
 
 
 def measure_clients(sites: Mapping[str, Site], test: Rows | None) -> dict[str, Any]:

@@ -21,10 +21,17 @@ from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
 from fedistill.client import Site
-from fedistill.config import MethodSettings, Settings
+from fedistill.config import MethodSettings, PrivacySettings, Settings
 from fedistill.data import Federated
 from fedistill.data.stream import streams
-from fedistill.errors import CheckpointError, DataError, QuorumError, RunError, SettingsError
+from fedistill.errors import (
+    BudgetExhausted,
+    CheckpointError,
+    DataError,
+    QuorumError,
+    RunError,
+    SettingsError,
+)
 from fedistill.federation import Federation
 from fedistill.journal import STREAM
 from fedistill.log import event, events_to
@@ -34,6 +41,8 @@ from fedistill.report import write_report
 from fedistill.runs import EVENTS, Show, Summary, default_folder, guard, silent
 from fedistill.sites import average, cross_figures, site_table
 
+OPENLY = "without-privacy"
+"""The folder of the same run without differential privacy."""
 Engine = Callable[[Path], Callable[[Mapping[str, Site]], Backend]]
 """From the run folder of a federation to what runs its clients."""
 
@@ -108,6 +117,9 @@ def run(
                 store.remove(folder / "config.toml")
                 store.remove(folder / EVENTS)
             raise
+        except BudgetExhausted:  # what was done is done, and is reported
+            write_report(folder)
+            raise
         write_report(folder)
     return summary | {"folder": str(folder)}
 
@@ -178,10 +190,22 @@ def run_seed(
         settings, federated, chosen, folder, name, resume=resume, show=show, engine=engine
     )
     others: dict[str, Summary] = {}
+    openly = dataclasses.replace(settings, privacy=PrivacySettings())
+    if settings.evaluation.without_privacy and settings.privacy.mechanism != "none":
+        home = folder / "baselines" / OPENLY
+        others["without privacy"] = run_one(
+            openly,
+            federated,
+            method_of(openly),
+            home,
+            f"{name}, {OPENLY}",
+            resume=resume,
+            show=show,
+        )
     for baseline in settings.evaluation.baselines:
         home = folder / "baselines" / baseline
         others[baseline] = run_one(
-            settings,
+            openly,
             federated,
             preset(baseline),
             home,
@@ -266,6 +290,9 @@ def run_one(
             for row in rows:
                 watch.add(row | {"fedavg_bytes_per_client_round": fedavg})
         status = "done"
+    except BudgetExhausted:
+        status = "failed:budget"
+        raise
     except QuorumError:
         status = "failed:quorum"
         raise
@@ -324,7 +351,7 @@ def summarise(
 def versions() -> dict[str, str]:
     """Versions of what computed the run."""
     found = {"python": platform.python_version()}
-    for package in ("fedistill", "torch", "numpy", "scikit-learn"):
+    for package in ("fedistill", "torch", "numpy", "scikit-learn", "opacus", "dp-accounting"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

@@ -35,9 +35,13 @@ from fedistill.journal import Journal
 from fedistill.log import event
 from fedistill.models import parameter_count, pick_device
 from fedistill.models import threads as computing
-from fedistill.presets import Method
+from fedistill.newcomer import private_client
+from fedistill.presets import Method, discreet
 from fedistill.presets import method as preset
+from fedistill.privacy.terms import PRIVATE
 from fedistill.server import Combined, Server
+from fedistill.settings import PrivacySettings
+from fedistill.spent import check_budgets, keep_account, privacy_row, privacy_summary
 from fedistill.streamed import Streamed, experience_line, summary_of
 from fedistill.tables import TableServer, TableSite
 from fedistill.tally import Tally
@@ -77,6 +81,8 @@ class Federation:
             told them.
         stream: what clients with a course meet, and the test rows of it.
         alarm_quorum: alarms in one round that are followed by an extra round of distillation.
+        privacy: how clients make private what they share, as all agreed; None: not at all.
+            Clients without terms of their own get them, and a private learner.
 
     Raises:
         DataError: no clients, equal ids, or labels outside the classes.
@@ -101,9 +107,13 @@ class Federation:
         anchors: IntArray | None = None,
         stream: Streamed | None = None,
         alarm_quorum: int = 0,
+        privacy: PrivacySettings | None = None,
     ) -> None:
         self.stream = stream
+        self.privacy = privacy or PrivacySettings()
         self.method = preset(method) if isinstance(method, str) else method
+        if self.privacy.mechanism in (*PRIVATE, "central-gauss"):
+            self.method = discreet(self.method, own=not isinstance(method, str))
         self.members: Sequence[Client | Member] = list(clients)
         self.clients = [client for client in clients if isinstance(client, Client)]
         check_members(self.members, self.method.exchange)
@@ -144,6 +154,8 @@ class Federation:
             limit=limit,
             anchors=anchors,
             alarm_quorum=alarm_quorum,
+            mechanism=self.privacy.mechanism,
+            purpose=self.privacy.purpose,
         )
         self._student_factory = student
 
@@ -180,6 +192,7 @@ class Federation:
         """
         journal = Journal(Path(out) if out is not None else None, self._identity())
         with journal, computing(threads):
+            self._agree(rounds, journal.folder)
             self._begin(journal, resume)
             asked = backend(self.sites)
             self._announce(rounds)
@@ -245,6 +258,7 @@ class Federation:
             try:
                 combined = self._combine(plan, tally)
             except QuorumError as shortage:
+                check_budgets(tally)
                 told = [f"{name}: {reason}" for name, reason in sorted(tally.dropped.items())]
                 reasons = ", ".join(told[:5]) or "no answer"
                 missed = QuorumError(f"{shortage} ({reasons})")
@@ -289,6 +303,7 @@ class Federation:
             "clients_late": tally.late,
             "uploads": tally.uploads,
             "epsilon_max": combined.epsilon_max,
+            **privacy_row(self.server),
             "agreement": combined.agreement,
             "target_entropy": combined.target_entropy,
             "dropped": tally.dropped,
@@ -324,6 +339,20 @@ class Federation:
         return flags
 
     # --- building ------------------------------------------------------------------------------
+
+    def _agree(self, rounds: int, folder: Path | None) -> None:
+        """Give clients (or a trusted server) their terms: it is known for how many rounds now."""
+        if self.privacy.mechanism == "central-gauss":
+            keep_account(self.server, self.privacy, rounds, folder)
+        self.clients = [
+            client if client.terms else private_client(client, self.privacy, rounds)
+            for client in self.clients
+        ]
+        for site in self.sites.values():
+            if site.account is not None:  # a budget that was planned for fewer rounds
+                terms = site.account.terms
+                planned = self.privacy.rounds or rounds
+                site.account.terms = dataclasses.replace(terms, rounds=min(planned, rounds))
 
     def _sites(self, folder: Path | None) -> dict[str, Site]:
         """Every client at work, with its state under ``folder``."""
@@ -383,6 +412,7 @@ class Federation:
             "proxy rows in a round": str(min(self.server.per_round, len(self.proxy))),
             "classes": ",".join(self.classes),
             "codec": self.method.codec,
+            "privacy": repr(self.privacy),
             "stream": "" if self.stream is None else f"{self.stream.names} {self.stream.ends[:-1]}",
             "clients": ",".join(
                 f"{member.id}:{bucket(len(member.data))}"
@@ -447,7 +477,7 @@ class Federation:
             "seed": self.seed,
             "proxy_sha256": self.proxy.fingerprint,
             "soft_targets_sha256": self.server.digest(),
-            "privacy": {"mechanism": "none", "statement": "no differential privacy"},
+            "privacy": privacy_summary(self.privacy, self.server, self.sites),
             "notes": self.notes,
             **self._stream_summary(),
         }

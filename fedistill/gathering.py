@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fedistill.course import Timetable
 from fedistill.errors import DataError
@@ -75,6 +76,12 @@ def check_clients(clients: Sequence[Client], classes: int, proxy: ProxySet) -> N
             )
 
 
+def _whose(parts: Sequence[Rows]) -> npt.NDArray[np.str_] | None:
+    """Whose row each is, where all say so."""
+    names = [rows.subject for rows in parts if rows.subject is not None]
+    return np.concatenate(names) if len(names) == len(parts) else None
+
+
 def pooled(clients: Sequence[Client]) -> list[Client]:
     """All rows at one client, with the first client's model; of a stream, by position."""
     first = clients[0]
@@ -83,6 +90,7 @@ def pooled(clients: Sequence[Client]) -> list[Client]:
         Rows(
             np.concatenate([rows.inputs for rows in parts]),
             np.concatenate([rows.labels for rows in parts]),
+            subject=_whose(parts),
         )
         for parts in zip(*met, strict=True)
     )

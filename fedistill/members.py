@@ -11,6 +11,7 @@ from fedistill.course import Course, Timetable
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import DataError
+from fedistill.privacy.terms import Terms
 from fedistill.settings import CLIENT_ID, CLIENT_ID_WORDS
 from fedistill.types import Rows
 
@@ -29,6 +30,9 @@ class Client:
         course: rows that change from round to round; None: they stay. ``data`` is the first
             experience then.
         make: from factory and recipe to learner, for one that is more than its model.
+        terms: what may be told of its rows, where they are private; its learner is then a
+            :class:`fedistill.privacy.learner.Private` one.
+        mechanism: how what it shares is made private, as all agreed.
     """
 
     id: str
@@ -39,6 +43,8 @@ class Client:
     wrap: Callable[[Learner], Learner] | None = None
     course: Course | None = None
     make: Callable[..., Learner] | None = None
+    terms: Terms | None = None
+    mechanism: str = "none"
 
     def __post_init__(self) -> None:
         check_id(self.id)

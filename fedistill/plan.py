@@ -13,6 +13,7 @@ from fedistill.config import Settings
 from fedistill.data import Federated
 from fedistill.exchange import EXCHANGES, Exchange
 from fedistill.experiment import rows_of
+from fedistill.outlook import privacy
 from fedistill.presets import Method
 from fedistill.wire.codec import expected_size
 
@@ -48,7 +49,7 @@ def describe(settings: Settings) -> Iterator[str]:
     yield from _stream(settings, federated)
     yield f"rounds    {settings.rounds}, seed {settings.seed}, backend {settings.backend.name}"
     yield from _bytes(chosen, asked, len(dataset.classes), federation.fedavg_bytes())
-    yield "privacy   no differential privacy (projected epsilon: infinite)"
+    yield from privacy(settings, federation.clients, federation.proxy)
 
 
 def _stream(settings: Settings, federated: Federated) -> Iterator[str]:
@@ -148,7 +149,9 @@ def describe_site(folder: Path) -> Iterator[str]:
         yield f"          it tells {exchange.tells}"
     else:
         yield f"leaves    nothing: policy.share does not allow {exchange.name}"
-    yield "privacy   no differential privacy (projected epsilon: infinite)"
+    if refused := place.refuses():
+        yield f"refused   {refused} (policy in site.toml)"
+    yield from privacy(agreed, [site.client], site.proxy, site.account)
 
 
 def _clients(settings: Settings, federated: Federated) -> Iterator[str]:

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fedistill.aggregate.rules import option_names, options_of, sharpener
+from fedistill.aggregate.rules import option_names, options_of, sharpener, takes
 from fedistill.choice import Method as Method
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import Problem, SettingsError, did_you_mean
@@ -293,6 +293,38 @@ BASELINES = (
 )
 
 METHODS = _named((OURS, *AVERAGING, *FRUGAL, *SELECTIVE, *PERSONAL, *BASELINES))
+
+
+def discreet(chosen: Method, *, own: bool = False) -> Method:
+    """A method as it can be where all that leaves must have passed a private mechanism.
+
+    How familiar rows are, which rows are answered and which classes were seen come straight from
+    private rows. Our own preset does without; a method whose idea that is, is refused.
+
+    Args:
+        chosen: the method.
+        own: its rule or familiarity was chosen by the user, and is not to be replaced.
+
+    Raises:
+        SettingsError: naming the setting that tells more.
+    """
+    if chosen.exchange not in {"predictions", "nothing"}:
+        text = (
+            f"{chosen.name} shares more than predictions, which no mechanism here makes private: "
+            "choose a method that exchanges predictions"
+        )
+        raise SettingsError([Problem("method.preset", text)])
+    asks = takes(chosen.bound_rule()) & {"familiarity", "seen"}
+    if chosen.name == OURS.name and not own:
+        return dataclasses.replace(chosen, rule="mean", familiarity="")
+    if chosen.accept or (asks and (chosen.tells_familiarity() or "seen" in asks)):
+        key = "method.accept" if chosen.accept else "method.rule"
+        text = (
+            f"{chosen.name} tells which proxy rows are like a client's own, or which classes it "
+            "has, which no mechanism here makes private: take another rule or preset"
+        )
+        raise SettingsError([Problem(key, text)])
+    return chosen
 
 
 def method(name: str, **changes: Any) -> Method:

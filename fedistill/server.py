@@ -23,11 +23,21 @@ from fedistill.distill.learner import Learner
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.door import Answer as Answer
 from fedistill.door import check_claims, check_probs, check_sender, check_shape, check_terms
-from fedistill.errors import FedistillError, QuorumError, Rejected, RunError
+from fedistill.errors import (
+    BudgetExceeded,
+    BudgetExhausted,
+    FedistillError,
+    QuorumError,
+    Rejected,
+    RunError,
+)
 from fedistill.late import Latecomers
 from fedistill.metrics import entropy
 from fedistill.panel import Panel
 from fedistill.presets import Method
+from fedistill.privacy.account import Account, Step
+from fedistill.privacy.central import CentralNoise
+from fedistill.privacy.ledger import Entry
 from fedistill.seeding import derive, generator
 from fedistill.store import same_names
 from fedistill.types import (
@@ -83,6 +93,14 @@ class Server:
         anchors: ``[rows]`` labels of proxy rows that the server knows, -1 elsewhere.
         alarm_quorum: clients whose new rows set off an alarm in one round that make the next one a
             round of distillation; 0: alarms are not asked for.
+        mechanism: how clients make private what they share, as all agreed.
+        purpose: what the run is for, as all agreed.
+
+    Attributes:
+        receipts: by client the head of its privacy ledger, as it was last told. It is told back:
+            a ledger that was rolled back since does not hold it.
+        epsilons: by client the privacy loss that it last told of; None: without a bound.
+        account: that of a trusted server, whose rule is noisy; None: there is none.
     """
 
     shares = "probs"
@@ -103,6 +121,8 @@ class Server:
         limit: int = 64 << 20,
         anchors: IntArray | None = None,
         alarm_quorum: int = 0,
+        mechanism: str = "none",
+        purpose: str = "",
     ) -> None:
         self.proxy = proxy
         self.classes = classes
@@ -133,6 +153,11 @@ class Server:
             self.heard = Heard(method.codec, *size)
         self.latecomers = Latecomers(self._ask)
         self.vigilance = Vigilance()
+        self.account: Account | None = None
+        self.mechanism = mechanism
+        self.purpose = purpose
+        self.receipts: dict[str, str] = {}
+        self.epsilons: dict[str, float | None] = {}
         self._let_in: dict[str, Answer] = {}
 
     def _most_teachers(self) -> int:
@@ -162,9 +187,23 @@ class Server:
             targets=self.targets,
             clients=clients,
             quorum=self.quorum,
-            own=own_fields(self.cache, self.heard, clients, self.targets),
+            own=self._own_fields(clients),
             **self._watch(),
+            **self._terms(),
         )
+
+    def _own_fields(self, clients: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """By client what it alone is told: what it lacks, and how its ledger stood."""
+        own = own_fields(self.cache, self.heard, clients, self.targets)
+        for name in clients:
+            if receipt := self.receipts.get(name):
+                own.setdefault(name, {})["receipt"] = receipt
+        return own
+
+    def _terms(self) -> dict[str, Any]:
+        """What a plan says of privacy: nothing, where nothing is agreed."""
+        mechanism = "" if self.mechanism == "none" else self.mechanism
+        return {"mechanism": mechanism, "purpose": self.purpose}
 
     def _watch(self) -> dict[str, Any]:
         """What a plan says of drift: nothing, where it is not watched for."""
@@ -245,6 +284,8 @@ class Server:
             self.vigilance.note(name, answered=True)
         else:
             self._let_in[name] = answer
+        if answer.upload.share != "none":
+            self.epsilons[name] = answer.upload.epsilon
 
     def _open(self, upload: Upload, asked: IntArray, late: int) -> Answer:
         """Decode an upload, and judge its values."""
@@ -275,6 +316,7 @@ class Server:
             QuorumError: fewer teachers than the quorum; the soft targets stay as they were.
         """
         teachers = self._teachers(plan, answers)
+        paid = self._pay(plan)
         panel, flags = Panel.of(teachers, plan.rows(), len(self.classes)).watched(
             self._known(plan.rows()),
             coarse=codecs.CODECS[self.method.codec].loss >= COARSE,
@@ -282,6 +324,8 @@ class Server:
         )
         targets, lesson = self._ask_rules(panel, teachers, plan.rows())
         self._learn(plan, lesson)
+        if paid is not None and self.account is not None:
+            self.account.release(paid, np.ascontiguousarray(lesson, "<f4").tobytes())
         if self.method.teach == "targets":
             self._publish(plan, targets)
         clear = ~np.isnan(lesson).any(axis=1)
@@ -289,9 +333,30 @@ class Server:
             agreement=panel.agreement(lesson),
             target_entropy=entropy(lesson[clear]) if clear.any() else None,
             flags=flags,
-            epsilon_max=_largest([answer.upload.epsilon for answer in answers]),
+            epsilon_max=self.epsilon_max(),
             alarms=alarmed(answers),
         )
+
+    def _pay(self, plan: Plan) -> Entry | None:
+        """Have the server's own ledger charge a noisy mean before it is drawn; None: it is exact.
+
+        Raises:
+            BudgetExhausted: it would cost more than is left.
+        """
+        if self.account is None or not isinstance(self.rule, CentralNoise):
+            return None
+        left = max(self.account.terms.rounds - plan.round + plan.extra + 1, 1)
+        step = Step(plan.run, plan.round, left, plan.rows())
+        try:
+            return self.account.pay(step, self.rule, self.rule.members)
+        except BudgetExceeded as refusal:
+            raise BudgetExhausted(f"central-gauss: {refusal.detail}") from None
+
+    def epsilon_max(self) -> float | None:
+        """The largest privacy loss that is known of; None without a bound."""
+        if self.account is not None:
+            return self.account.spent()
+        return _largest(list(self.epsilons.values()))
 
     def _ask_rules(
         self, panel: Panel, teachers: Sequence[Answer], asked: IntArray
@@ -396,6 +461,7 @@ class Server:
         if self.cache is not None:
             self.cache.settle(plan.clients, answered)
         for name, answer in self._let_in.items():
+            self.receipts |= {name: answer.upload.ledger} if answer.upload.ledger else {}
             if self.heard is not None and answer.codes is not None and len(answer.rows):
                 self.heard.note(name, answer.rows, answer.codes, plan.round)
         self._let_in.clear()
@@ -445,6 +511,8 @@ class Server:
         facts: dict[str, Any] = {"run": self.run, "round": self.round}
         facts["vigilance"] = self.vigilance.state_dict()
         facts["enrolled"] = self.enrolled
+        if self.receipts:
+            facts["privacy"] = {"receipts": self.receipts, "epsilons": self.epsilons}
         if self.alarm_quorum:
             facts["drift"] = [self.extra, self.alarmed]
         for name, part in self._held().items():
@@ -474,12 +542,15 @@ class Server:
         self.table, self.stamp = np.array(arrays["table"]), np.array(arrays["stamp"])
         self.vigilance.load_state_dict(facts["vigilance"])
         self.enrolled |= facts.get("enrolled", {})
+        told = facts.get("privacy", {"receipts": {}, "epsilons": {}})
+        self.receipts, self.epsilons = dict(told["receipts"]), dict(told["epsilons"])
         self.extra, self.alarmed = facts.get("drift", [0, False])
         if self.student is not None:
             saved = {k[8:]: v for k, v in arrays.items() if k.startswith("student.")}
-            if type(self.student) is TorchStudent:
+            if saved and type(self.student) is TorchStudent:
                 same_names(saved, self.student.state_dict(), "the student")
-            self.student.load_state_dict(saved, self._no_rows())
+            if saved:  # after `forget --client ID --restart` there is none: as it was built
+                self.student.load_state_dict(saved, self._no_rows())
         for name, part in self._held().items():
             start = len(name) + 1
             kept = {key[start:]: v for key, v in arrays.items() if key.startswith(f"{name}.")}

@@ -81,6 +81,11 @@ class DataSettings:
     items: int = setting(
         1000, "sessions: how many of the most frequent items make the catalogue; 0: all", low=0
     )
+    subject: str = setting(
+        "",
+        "csv, parquet: name or number of the column that says whose row it is; no input: for "
+        "users as the unit of privacy, and for erasure",
+    )
     scale: str = setting(
         "auto",
         "standard (mean 0, deviation 1), centred ([0,255] to [-1,1]), unit (largest is 1), none; "
@@ -143,6 +148,9 @@ class GroupSettings(TrainOverrides):
 
     count: int = setting(0, "how many of the clients, in order; 0: those named in sites", low=0)
     sites: tuple[str, ...] = setting((), "the clients by id")
+    mechanism: str | None = setting(
+        None, "how these are made private; not set: as [privacy] says", choices="mechanisms"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,11 +379,63 @@ class ContinualSettings:
         return bool(self.buffer or self.objective or self.drift) or self.teacher != "none"
 
 
+UNITS = ("record", "user")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrivacySettings:
     """Differential privacy of what a client shares."""
 
     mechanism: str = setting("none", "how predictions are made private", choices="mechanisms")
+    unit: str = setting(
+        "record",
+        "whose presence is hidden: that of a record, or of a user with all of its rows "
+        "(data.subject names the column)",
+        choices=UNITS,
+    )
+    epsilon: float = setting(
+        8.0, "the most that may be spent of a client's rows, earlier runs included", above=0
+    )
+    delta: float | None = setting(
+        None, "not set: 1e-5, or less where a client has many rows: 1 / (10 rows)", above=0, high=1
+    )
+    rounds: int = setting(
+        0,
+        "rounds in which clients train on own rows; in later ones they learn from soft targets "
+        "alone, which is free; 0: all rounds of the run",
+        low=0,
+    )
+    clip_norm: float = setting(1.0, "largest gradient norm of a record (or user)", above=0)
+    sample_rate: float = setting(
+        0.25, "probability of a record (or user) to be in a step", above=0, high=1
+    )
+    steps: int | None = setting(
+        None, "noisy steps in a round; not set: clients.epochs / sample_rate", low=1
+    )
+    sigma: float | None = setting(
+        None,
+        "noise multiplier; not set: as little as keeps all rounds within epsilon",
+        above=0,
+    )
+    lr: float | None = setting(None, "learning rate of noisy steps; not set: clients.lr", above=0)
+    encoder: str = setting(
+        "auto",
+        "dp-head: what turns inputs into features, made from public rows alone",
+        choices="encoders",
+    )
+    teachers: int = setting(50, "gnmax: sub-teachers of a client, each on its own rows", low=2)
+    threshold: float = setting(
+        0.4,
+        "gnmax: share of the sub-teachers that is taken to agree on a row: the higher, the surer "
+        "its answers",
+        above=0,
+        high=1,
+    )
+    purpose: str = setting("", "what the run is for; a site may allow some purposes only")
+
+
+Privacy = PrivacySettings
+"""Its name in Python: ``fd.Privacy(mechanism="dpsgd", epsilon=3)``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,6 +486,9 @@ class EvaluationSettings:
 
     baselines: tuple[str, ...] = setting((), "methods run on the same rows for comparison")
     leave_one_out: bool = setting(False, "also federate without each client and test on its rows")
+    without_privacy: bool = setting(
+        False, "also run the same without differential privacy, to see what privacy costs"
+    )
     every: int = setting(
         1, "rounds between measurements of the clients; the last round always is", low=1
     )
@@ -494,6 +557,19 @@ class PolicySettings:
     seconds: float = setting(
         0.0, "longest step; 0: until the coordinator no longer waits for it", low=0
     )
+    mechanisms: tuple[str, ...] = setting(
+        (), "privacy mechanisms that are enough for this site; empty: any, none included"
+    )
+    epsilon: float = setting(
+        0.0, "most privacy loss of this site's rows, ever; 0: what the federation agreed on", low=0
+    )
+    delta: float = setting(
+        0.0, "largest delta of it; 0: what the federation agreed on", low=0, high=1
+    )
+    purposes: tuple[str, ...] = setting((), "purposes that are answered; empty: any")
+    proxies: tuple[str, ...] = setting(
+        (), "fingerprints (sha256) of proxy rows that are answered; empty: those agreed on"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +578,9 @@ class SiteSettings:
 
     id: str = setting("", "the site's id, as the coordinator knows it")
     federation: str = setting("federation.toml", "the settings that all sites agreed on")
+    mechanism: str | None = setting(
+        None, "how this site is made private; not set: as agreed", choices="mechanisms"
+    )
     data: OwnDataSettings = setting(OwnDataSettings, "")
     training: TrainOverrides = setting(TrainOverrides, "")
     policy: PolicySettings = setting(PolicySettings, "")

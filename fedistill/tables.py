@@ -205,7 +205,7 @@ class TableServer(Server):
     def load_state_dict(self, arrays: State, facts: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave."""
         super().load_state_dict(arrays, facts)
-        self.common = np.array(arrays["common"]) if "common" in arrays else None
+        self.common = np.array(arrays["common"]) if "common" in arrays else self.common
         self.own = {k[4:]: np.array(v) for k, v in arrays.items() if k.startswith("own.")}
 
 

@@ -252,6 +252,7 @@ model = "linear"
 width = 8
 [backend]
 device = "cpu"
+{changes.get("more", "")}
 """)
     return path
 

@@ -22,6 +22,7 @@ import pytest
 from fedistill import status
 from fedistill.errors import RunError, SettingsError
 from fedistill.log import event, events_to
+from fedistill.privacy.audit_log import AuditLog
 from fedistill.status import RunStatus, Server, SiteStatus, facts, health, lines, page, read_status
 from fedistill.status import folder as reading
 
@@ -275,6 +276,79 @@ def test_a_log_without_its_beginning_says_so(made, monkeypatch):
     assert [site.bytes_up for site in found.sites] == [1000, 1000, 1000]
     assert "The oldest events are gone" in "\n".join(lines(found))
     assert "The oldest events are gone" in page(found)
+
+
+# --- privacy budgets -----------------------------------------------------------------------------
+
+
+def spend(made: Folder, **spent: object) -> None:
+    made.rows[-1] |= {"epsilon": spent, "epsilon_max": max(spent.values(), default=None)}
+    told = "".join(json.dumps(row) + "\n" for row in made.rows)
+    (made.path / "rounds.jsonl").write_text(told)
+
+
+def test_what_each_site_has_spent_and_whose_budget_is_gone(made):
+    made.start().done(1)
+    spend(made, **{"clinic-a": 1.25, "clinic-b": 1.5, "clinic-c": 1.0})
+    made.done(2, lost={"clinic-b": "budget_exhausted"})
+    spend(made, **{"clinic-a": 2.5, "clinic-b": 1.5, "clinic-c": 2.0})
+    a, b, c = made.read().sites
+    assert [site.epsilon for site in (a, b, c)] == [2.5, 1.5, 2.0]
+    assert [site.exhausted for site in (a, b, c)] == [False, True, False]
+    text = "\n".join(lines(made.read()))
+    assert "epsilon 2.5" in text
+    assert re.search(r"clinic-b .* 1\.5, budget spent +budget_exhausted \(round 2\)", text)
+    assert re.search(r"round +student +clients +least +agree +epsilon", text)
+    shown = page(made.read())
+    assert "1.5, budget spent" in shown
+    assert "of the site that spent most; the budget of 1 site is spent" in shown
+    told = facts(made.read())
+    assert told["sites"][1]["epsilon"] == 1.5
+    assert told["sites"][1]["exhausted"] is True
+    assert told["recent"][-1]["epsilon_max"] == 2.5
+
+
+def test_a_site_that_answers_again_has_a_budget_again(made):
+    made.start().done(1, lost={"clinic-b": "budget_exhausted"}).done(2)
+    assert not site_of(made.read(), "clinic-b").exhausted
+
+
+def test_without_budgets_nothing_is_said_of_them(made):
+    found = made.start().done(1).read()
+    assert "epsilon" not in "\n".join(lines(found)) + page(found)
+    assert [site.epsilon for site in found.sites] == [None, None, None]
+
+
+@pytest.mark.parametrize("junk", [1, "x", [], {"clinic-a": "x"}, {"clinic-a": None}, None])
+def test_junk_in_place_of_losses_is_nothing(junk, made):
+    made.start().done(1)
+    made.rows[-1]["epsilon"] = junk
+    (made.path / "rounds.jsonl").write_text(json.dumps(made.rows[-1]) + '\n{"epsilon": {"cli')
+    assert made.read().sites[0].epsilon is None
+
+
+def test_a_site_shows_its_own_budget_from_its_audit_log(site):
+    at_site(site, *step(1))
+    assert "epsilon" not in "\n".join(lines(site_state(site)))
+    log = AuditLog(site / "state" / "audit-log.jsonl")
+    log.append("run_begun", run="ab12", limit=3.0)
+    log.append("charged", run="ab12", round=1, epsilon=1.25, sigma=1.0)
+    log.append("released", run="ab12", round=1, sha256="00")
+    found = site_state(site)
+    assert (found.epsilon, found.limit, found.exhausted) == (1.25, 3.0, False)
+    assert "epsilon 1.25 of 3" in "\n".join(lines(found))
+    log.append("exhausted", run="ab12", round=2, epsilon=2.9, limit=3.0)
+    found = site_state(site)
+    assert (found.epsilon, found.exhausted) == (2.9, True)
+    assert "the budget is spent" in page(found)
+    json.dumps(facts(found), allow_nan=False)
+
+
+def test_a_spent_budget_is_no_failure_of_the_site(site):
+    refusal = ("step_refused", {"round": 2, "reason": "budget_exhausted"})
+    at_site(site, *step(1), refusal, refusal, refusal)
+    found = site_state(site)
+    assert (found.state, found.reason) == ("running", "round 2 refused: budget_exhausted")
 
 
 # --- a site --------------------------------------------------------------------------------------

@@ -22,6 +22,8 @@ from fedistill.data.tabular import (
     labels_of,
     site_column,
     sites,
+    subject_column,
+    subjects,
 )
 from fedistill.errors import DataError
 
@@ -60,22 +62,22 @@ def from_arrow(table: Any, source: str, query: Query, names: tuple[str, ...] = (
     columns = tuple(table.column_names)
     bare = Frame(source, columns, (), where)
     dropped = {columns[find_column(name, bare, "data.drop")] for name in query.settings.drop}
-    needed = {
-        columns[index]
-        for index in (label_column(bare, query), site_column(bare, query))
-        if index is not None
-    }
+    subject = subject_column(bare, query)
+    special = label_column(bare, query), site_column(bare, query), subject
+    needed = {columns[index] for index in special if index is not None}
     features = [name for name in columns if name not in dropped | needed]
     image = next((name for name in features if is_image(arrow, table, name)), None)
-    # Beside an image only label and site count. What is left out stays as a column of NaN, so that
-    # columns can still be named by number.
+    # Beside an image only label, site and owner count. What is left out stays as a column of NaN,
+    # so that columns can still be named by number.
     kept = needed | (set() if image else set(features))
     frame = Frame(
         source,
         columns,
         tuple(
-            to_column(arrow, table, name) if name in kept else np.full(table.num_rows, np.nan)
-            for name in columns
+            to_column(arrow, table, name, whole=index == subject)
+            if name in kept
+            else np.full(table.num_rows, np.nan)
+            for index, name in enumerate(columns)
         ),
         where,
         classes=names or class_names(table.schema, query.settings.label),
@@ -85,7 +87,14 @@ def from_arrow(table: Any, source: str, query: Query, names: tuple[str, ...] = (
     labels, classes = labels_of(frame, query)
     inputs = decode_images(pictures(table.column(image)), where)
     return Table(
-        source, inputs, labels, classes, kind="image", auto="centred", columns=sites(frame, query)
+        source,
+        inputs,
+        labels,
+        classes,
+        kind="image",
+        auto="centred",
+        columns=sites(frame, query),
+        subjects=subjects(frame, query),
     )
 
 
@@ -109,13 +118,22 @@ def pictures(column: Any) -> Iterator[bytes | None]:
             yield value["bytes"]
 
 
-def to_column(arrow: Any, table: Any, name: str) -> Column:
-    """One Arrow column as numbers or texts."""
+def to_column(arrow: Any, table: Any, name: str, *, whole: bool = False) -> Column:
+    """One Arrow column as numbers or texts.
+
+    Args:
+        arrow: the module ``pyarrow``.
+        table: a ``pyarrow.Table``.
+        name: of the column.
+        whole: whole numbers become texts: ids may have more digits than a float keeps.
+    """
     column = table.column(name)
     kinds, kind = arrow.types, column.type
     if kinds.is_dictionary(kind):
         kind = kind.value_type
         column = column.cast(kind)
+    if whole and kinds.is_integer(kind):
+        return list(column.cast(arrow.string()).to_pylist())
     if kinds.is_boolean(kind) or kinds.is_integer(kind) or kinds.is_floating(kind):
         numbers = column.cast(arrow.float64(), safe=False).to_numpy(zero_copy_only=False)
         return np.asarray(numbers, dtype=np.float64)

@@ -228,7 +228,7 @@ def hide_labels(rows: Rows, public: IntArray, labelled: int, seed: int) -> Rows:
 def read_test(data: DataSettings, table: Table, column: str) -> Rows:
     """The rows of the test source, with the features and classes of the training source."""
     _other_source(data.test, data.source, "data.test")
-    return rows_of(align(read(data.test, data, column=column), table), column)
+    return rows_of(align(read(data.test, data, column=column, owned=False), table), column)
 
 
 def read_public(proxy: ProxySettings, data: DataSettings, table: Table, seed: int) -> Rows:
@@ -251,7 +251,7 @@ def read_public(proxy: ProxySettings, data: DataSettings, table: Table, seed: in
 def _public_labels(proxy: ProxySettings, data: DataSettings, table: Table) -> IntArray:
     """Labels of all rows of the proxy source, as numbers of the classes that the data have."""
     try:
-        return align(read(proxy.path, data), table).labels
+        return align(read(proxy.path, data, owned=False), table).labels
     except DataError as error:
         raise DataError(
             f"proxy.labelled: expected labels in {proxy.path}, found none that fit ({error}); "

@@ -41,19 +41,21 @@ class Public:
         """Names of the classes, in order."""
         return self.table.classes
 
-    def own(self, source: str, data: DataSettings) -> Rows:
+    def own(self, source: str, data: DataSettings, *, owned: bool = True) -> Rows:
         """Labelled rows of one party's own source, with the columns and classes of the public ones.
 
         Args:
             source: where they are; empty: none, for a party that learns and does not teach.
             data: how this party's files are read.
+            owned: whether it must be known whose rows they are, where ``data.subject`` is set.
 
         Raises:
-            DataError: a column that the public rows have is absent, or a class is unknown.
+            DataError: a column that the public rows have is absent, a class is unknown, or it is
+                not known whose row one is.
         """
         if not source:
             return self.none()
-        table = _numbered(read(source, data), self.classes)
+        table = _numbered(read(source, data, owned=owned), self.classes)
         if unknown := sorted(set(table.classes) - set(self.classes)):
             raise DataError(
                 f"{table.name}: expected the {len(self.classes)} classes that were agreed on "

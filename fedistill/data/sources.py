@@ -30,7 +30,14 @@ SOURCES: Mapping[str, Callable[[Query], Table]] = {
 BUILTIN = ("digits", "breast-cancer")
 
 
-def read(source: str, settings: DataSettings, *, column: str = "", labelled: bool = True) -> Table:
+def read(
+    source: str,
+    settings: DataSettings,
+    *,
+    column: str = "",
+    labelled: bool = True,
+    owned: bool | None = None,
+) -> Table:
     """Read all rows of a source, unscaled.
 
     Args:
@@ -38,6 +45,8 @@ def read(source: str, settings: DataSettings, *, column: str = "", labelled: boo
         settings: how files are read; its own ``source`` is not looked at.
         column: the column that holds the sites, where one is asked for.
         labelled: whether rows without labels are an error.
+        owned: whether rows of which nobody knows whose they are are an error, where
+            ``data.subject`` is set; not given: as ``labelled``.
 
     Raises:
         DataError: an unknown source, an absent file, or content that cannot be used.
@@ -49,4 +58,12 @@ def read(source: str, settings: DataSettings, *, column: str = "", labelled: boo
     if (prefix in BUILTIN) == bool(colon) or (colon and not name):
         wanted = f'"{prefix}" alone' if prefix in BUILTIN else f'"{prefix}:" and a name'
         raise DataError(f'data source: expected {wanted}, found "{source}": write it so')
-    return SOURCES[prefix](Query(name, settings, column, labelled))
+    owned = labelled if owned is None else owned
+    table = SOURCES[prefix](Query(name, settings, column, labelled, owned))
+    if owned and settings.subject and table.subjects is None:
+        raise DataError(
+            f'{source}: expected a column "{settings.subject}" (data.subject) that says whose row '
+            "it is, found none: only csv, parquet, hf and openml sources have columns, and "
+            "sessions know theirs; leave data.subject out"
+        )
+    return table

@@ -24,12 +24,14 @@ class Query:
         settings: how files are read.
         column: the column whose values are the sites; it is then no feature.
         labelled: whether labels are needed; those of proxy rows are not.
+        owned: whether it must be known whose rows they are, where ``data.subject`` is set.
     """
 
     name: str
     settings: DataSettings
     column: str = ""
     labelled: bool = True
+    owned: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class Table:
         auto: what ``scale = "auto"`` means for this source.
         features: names of the columns of a table, "column=value" for one of few texts.
         columns: the requested site column, by name.
+        subjects: ``[n]`` whose row it is; None where the source does not say.
     """
 
     name: str
@@ -55,20 +58,22 @@ class Table:
     auto: str = "standard"
     features: tuple[str, ...] = ()
     columns: Mapping[str, Texts] = field(default_factory=dict)
+    subjects: Texts | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
 
 def rows_of(table: Table, column: str = "") -> Rows:
-    """The table as rows with row numbers, and with sites where a column is asked for."""
+    """The table as rows with row numbers and owners, and with sites where a column is asked for."""
     if column and column not in table.columns:
         raise DataError(
             f'{table.name}: expected a column "{column}" that holds the sites, found none: '
             'only csv, parquet, hf and openml sources have columns; set clients.partition to "iid"'
         )
     ids = np.arange(len(table), dtype=np.int64)
-    return Rows(table.inputs, table.labels, ids, table.columns[column] if column else None)
+    site = table.columns[column] if column else None
+    return Rows(table.inputs, table.labels, ids, site, table.subjects)
 
 
 def align(table: Table, like: Table) -> Table:

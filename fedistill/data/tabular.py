@@ -58,7 +58,8 @@ def assemble(frame: Frame, query: Query) -> Table:
         raise DataError(f"{frame.source}: expected rows, found none: check the file")
     settings = query.settings
     label = label_column(frame, query)
-    used = {index for index in (label, site_column(frame, query)) if index is not None}
+    special = label, site_column(frame, query), subject_column(frame, query)
+    used = {index for index in special if index is not None}
     used |= {find_column(name, frame, "data.drop") for name in settings.drop}
     labels, classes = labels_of(frame, query)
     codes = {find_column(name, frame, "data.categorical") for name in settings.categorical}
@@ -78,7 +79,13 @@ def assemble(frame: Frame, query: Query) -> Table:
     inputs = np.stack([values for _, values in encoded], axis=1).astype(np.float32)
     features = tuple(name for name, _ in encoded)
     return Table(
-        frame.source, inputs, labels, classes, features=features, columns=sites(frame, query)
+        frame.source,
+        inputs,
+        labels,
+        classes,
+        features=features,
+        columns=sites(frame, query),
+        subjects=subjects(frame, query),
     )
 
 
@@ -105,13 +112,32 @@ def labels_of(frame: Frame, query: Query) -> Labels:
 
 def site_column(frame: Frame, query: Query) -> int | None:
     """Number of the column that holds the sites, where it is one of the frame's own."""
-    asked = query.column
+    return _own_column(frame, query.column, "clients.column", needed=query.labelled)
+
+
+def subject_column(frame: Frame, query: Query) -> int | None:
+    """Number of the column that says whose row it is, where it is one of the frame's own.
+
+    Raises:
+        DataError: it is the label column, or it is absent and needed.
+    """
+    asked = query.settings.subject
+    index = _own_column(frame, asked, "data.subject", needed=query.owned)
+    if index is not None and index == label_column(frame, query):
+        raise DataError(
+            f"{frame.source}: expected another column as data.subject than as data.label, found "
+            f'"{asked}" for both: name the column that says whose row it is'
+        )
+    return index
+
+
+def _own_column(frame: Frame, asked: str, setting: str, *, needed: bool) -> int | None:
     if not asked or (asked in frame.extras and asked not in frame.names):
         return None
     try:
-        return find_column(asked, frame, "clients.column")
+        return find_column(asked, frame, setting)
     except DataError:
-        if query.labelled:
+        if needed:
             raise
         return None
 
@@ -135,6 +161,27 @@ def sites(frame: Frame, query: Query) -> dict[str, Texts]:
             "none: mend the row or leave it out"
         )
     return {query.column: np.array(texts, dtype=np.str_)}
+
+
+def subjects(frame: Frame, query: Query) -> Texts | None:
+    """Whose row each is ``[n]``, as the file has it; None where it does not say.
+
+    Raises:
+        DataError: a row is nobody's, where it must be known whose it is.
+    """
+    asked = query.settings.subject
+    index = subject_column(frame, query)
+    if index is None:
+        extra = frame.extras.get(asked)
+        return None if extra is None else np.array(extra, dtype=np.str_)
+    column = frame.columns[index]
+    texts = code_texts(column) if isinstance(column, np.ndarray) else [t or "" for t in column]
+    if "" in texts and query.owned:
+        raise DataError(
+            f'{frame.where(texts.index(""))}: expected a person in column "{asked}" '
+            "(data.subject), found none: mend the row or leave it out"
+        )
+    return np.array(texts, dtype=np.str_)
 
 
 def find_column(wanted: str, frame: Frame, setting: str) -> int:

@@ -16,7 +16,7 @@ from fedistill.metrics.continual import (
     retained,
     worst_case_accuracy,
 )
-from fedistill.metrics.point import accuracy, agreement, auc, entropy
+from fedistill.metrics.point import accuracy, agreement, auc, calibration_error, entropy
 from fedistill.metrics.ranking import Ranked, hit_rate_at, ndcg_at, rank_items, recall_at
 from fedistill.metrics.shift_gap import (
     Bounds,
@@ -39,6 +39,7 @@ __all__ = [
     "average_accuracy",
     "backward_transfer",
     "bounds",
+    "calibration_error",
     "entropy",
     "faded",
     "fluctuation",

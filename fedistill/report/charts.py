@@ -130,19 +130,6 @@ def agreement(run: Run) -> list[Figure]:
     return [figure for figure in drawn if figure.wide]
 
 
-def budget(run: Run) -> list[Figure]:
-    """The privacy loss by round, where there is one."""
-    figure = small(
-        "epsilon",
-        "Privacy loss by round",
-        "ε of the site that spent most.",
-        run.curve("epsilon_max"),
-        4,
-        "{:.3g}".format,
-    )
-    return [figure] if figure.wide else []
-
-
 def small(
     ident: str,
     title: str,

@@ -68,6 +68,12 @@ class Run:
         """The method's preset name, or an empty text."""
         return self.text("method") or clean(self.setting("method", "preset") or "")
 
+    @property
+    def mechanism(self) -> str:
+        """The privacy mechanism by name; ``none`` where none is named."""
+        table = self.table("privacy")
+        return clean(table.get("mechanism") or self.setting("privacy", "mechanism") or "none", 40)
+
     def text(self, key: str, cap: int = 60) -> str:
         """A text of the summary, cleaned, or an empty one."""
         value = self.summary.get(key)

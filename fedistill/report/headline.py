@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedistill.privacy import disclosure
 from fedistill.report import shared, simulated, words
 from fedistill.report.folder import Run
 from fedistill.report.words import number
+
+ENDS: Mapping[str, str] = {
+    "quorum": "too few usable uploads",
+    "budget": "every site has spent its privacy budget",
+}
+"""Why a run failed, in plain words."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +123,7 @@ def tiles(run: Run) -> list[Tile]:
         Tile(
             "Privacy",
             epsilon(run),
-            privacy(run)
-            if run.figure("epsilon_max") is None
-            else "spent by the site that spent most",
+            privacy(run) if run.figure("epsilon_max") is None else _spent(run),
         ),
     ]
 
@@ -137,24 +143,16 @@ def epsilon(run: Run) -> str:
     """``no DP`` where no mechanism ran, else what was spent; what is unknown is called so."""
     spent = run.figure("epsilon_max")
     if spent is not None:
-        return f"ε = {spent:.3g}"
-    return "no DP" if mechanism(run) == "none" else "ε unknown"
-
-
-def mechanism(run: Run) -> str:
-    """The privacy mechanism by name; ``none`` where none is named."""
-    named = run.table("privacy").get("mechanism") or run.setting("privacy", "mechanism")
-    return words.clean(named or "none", 40)
+        return f"ε = {words.epsilon(spent)}"
+    return "no DP" if run.mechanism in disclosure.NO_DP else "ε unknown"
 
 
 def privacy(run: Run) -> str:
     """What is promised, plainly; without a mechanism ``no differential privacy``."""
     statement = words.clean(run.table("privacy").get("statement") or "", 300)
-    if statement:
-        return statement
-    if mechanism(run) == "none" and run.figure("epsilon_max") is None:
-        return "no differential privacy"
-    return f"{mechanism(run)}: unit, relation and δ are not stated, so ε says nothing by itself"
+    if statement or run.figure("epsilon_max") is None:
+        return statement or disclosure.unstated(run.mechanism)
+    return disclosure.meaningless(run.mechanism)
 
 
 def warnings(run: Run) -> list[str]:
@@ -163,7 +161,7 @@ def warnings(run: Run) -> list[str]:
     status = run.text("status", 80)
     if status.startswith("failed"):
         reason = status.partition(":")[2].strip()
-        why = {"quorum": "too few usable uploads"}.get(reason, reason)
+        why = ENDS.get(reason, reason)
         said.append(
             f"The run failed{f': {why}' if why else ''}. "
             "The figures are those of the last finished round."
@@ -196,6 +194,17 @@ def notes(run: Run) -> list[str]:
     own = run.summary.get("notes")
     found = own if isinstance(own, list) else []
     return [words.clean(note, 400) for note in found[:40]] + list(run.remarks)
+
+
+def _spent(run: Run) -> str:
+    """What the epsilon of the run is that of."""
+    promised = disclosure.guarantee(run.summary)
+    if promised is None:
+        return "spent by the site that spent most"
+    budget = promised["budget"]
+    of = f"of {budget:.3g} at most; " if budget else ""
+    delta = f"δ\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{words.delta(promised['delta'])}"
+    return f"{of}per {words.clean(promised['unit'], 20)}, {delta}"
 
 
 def _no_saving(run: Run) -> str:

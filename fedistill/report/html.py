@@ -8,19 +8,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fedistill.report import charts, headline, participation, shared, sites, stream, words
+from fedistill.report import charts, headline, participation, privacy, shared, sites, stream, words
 from fedistill.report.folder import Run, read_run
 from fedistill.report.page import fill, write
 from fedistill.report.words import clean
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``run_dir/report.html`` and return its path.
+    """Write ``run_dir/report.html``, ``disclosure.json`` beside it, and return the page's path.
 
     Raises:
         RunError: the folder holds no run, or cannot be written to.
     """
     run = read_run(run_dir)
+    privacy.write_disclosure(run, Path(run_dir))
     return write(Path(run_dir) / "report.html", fill("template.html", view(run)))
 
 
@@ -33,7 +34,7 @@ def view(run: Run) -> dict[str, Any]:
         "name": run.name,
         "headline": headline.sentence(run),
         "lead": headline.lead(run),
-        "warnings": headline.warnings(run),
+        "warnings": headline.warnings(run) + privacy.warnings(run),
         "tiles": headline.tiles(run),
         "figures": charts.figures(run),
         "stream": stream.section(run),
@@ -45,12 +46,10 @@ def view(run: Run) -> dict[str, Any]:
         "attendance_sentence": participation.sentence(run),
         "events": events,
         "more_events": more,
-        "privacy": headline.privacy(run),
-        "budget": charts.budget(run),
+        "privacy": privacy.section(run),
         "shares_predictions": headline.shares_predictions(run),
         "beside": shared.beside(run),
         "tells": shared.tells(run),
-        "private": run.figure("epsilon_max") is not None,
         "notes": headline.notes(run),
         "settings": settings(run.config),
         "facts": facts(run),

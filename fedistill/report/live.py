@@ -41,6 +41,14 @@ COLUMNS = (
     Column("ok", 7, lambda row: _attendance(row), 1),
     Column("time", 8, lambda row: _short(number(row.get("seconds"))), 5),
 )
+EPSILON = Column("epsilon", 8, lambda row: words.epsilon(number(row.get("epsilon_max"))))
+"""A column of private runs: the loss of the site that spent most."""
+
+
+def columns(*, private: bool) -> tuple[Column, ...]:
+    """The columns of a run; in a private one what was spent stands behind the accuracies."""
+    place = next(k for k, column in enumerate(COLUMNS) if column.head == "up")
+    return (*COLUMNS[:place], EPSILON, *COLUMNS[place:]) if private else COLUMNS
 
 
 class RoundTable:
@@ -55,6 +63,7 @@ class RoundTable:
         console: where to print; by default standard output.
         fedavg_bytes: what FedAvg would send each way per client and round, for the last line; a
             row may carry it as ``fedavg_bytes_per_client_round`` instead.
+        private: whether the run has a privacy loss to show.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class RoundTable:
         console: Console | None = None,
         *,
         fedavg_bytes: int | None = None,
+        private: bool = False,
     ) -> None:
         self.title = clean(title, 100)
         self.rounds = rounds
@@ -74,7 +84,9 @@ class RoundTable:
         self._drawn = self._began = 0.0
         self._last: Row = {}
         self._sent = self._messages = self._finished = 0
-        self._columns = fitting(self.console.width) if self._moving else COLUMNS
+        self._columns = columns(private=private)
+        if self._moving:
+            self._columns = fitting(self.console.width, self._columns)
 
     def __enter__(self) -> RoundTable:
         self._began = time.monotonic()
@@ -158,6 +170,8 @@ class RoundTable:
         if (mean := number(row.get("client_accuracy_mean"))) is not None:
             least = words.percent(number(row.get("client_accuracy_min")))
             parts.append(f"clients {words.percent(mean)} (least {least})")
+        if (spent := number(row.get("epsilon_max"))) is not None:
+            parts.append(f"epsilon {words.epsilon(spent)}")
         sent = f"sent {words.human_bytes(self._sent)}"
         if self.fedavg_bytes and self._messages and self._sent:
             theirs = self.fedavg_bytes * self._messages
@@ -182,10 +196,10 @@ class RoundTable:
         self.console.print(line, soft_wrap=not self._moving, highlight=False)
 
 
-def fitting(width: int) -> tuple[Column, ...]:
+def fitting(width: int, wanted: tuple[Column, ...] = COLUMNS) -> tuple[Column, ...]:
     """The columns that a terminal of this width can hold; those of high rank give way first."""
     room = width - 17
-    kept = list(COLUMNS)
+    kept = list(wanted)
     while sum(column.width + 1 for column in kept) > room and any(c.rank for c in kept):
         kept.remove(max(reversed(kept), key=lambda column: column.rank))
     return tuple(kept)

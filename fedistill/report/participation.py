@@ -19,6 +19,7 @@ REASONS: Mapping[str, str] = {
     "lost": "the message or its answer did not arrive",
     "too_slow": "broke off a step that took too long",
     "policy": "the site does not allow it",
+    "budget_exhausted": "its privacy budget is spent: it trains on own rows no more",
     "stale_round": "an answer to another round",
     "duplicate": "answered already",
     "reference": "both sides held different copies; the next message goes whole",

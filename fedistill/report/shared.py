@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 from fedistill.choice import Method
 from fedistill.errors import FedistillError
-from fedistill.presets import METHODS, method
+from fedistill.presets import METHODS, discreet, method
+from fedistill.privacy.terms import PRIVATE
 from fedistill.report.folder import Run
 
 PREDICTIONS = "predictions"
@@ -28,14 +29,18 @@ def exchange(run: Run) -> str:
 
 
 def method_of(run: Run) -> Method | None:
-    """The run's method with what its settings change; None for one of the user's own."""
+    """The run's method with what its settings change; None for one of the user's own.
+
+    In a private run it is the method without what comes straight from private rows.
+    """
     if run.method not in METHODS:
         return None
     table = run.setting("method")
     changes = dict(table) if isinstance(table, Mapping) else {}
     changes.pop("preset", None)
     try:
-        return method(run.method, **changes)
+        chosen = method(run.method, **changes)
+        return discreet(chosen) if run.mechanism in PRIVATE else chosen
     except (FedistillError, TypeError, ValueError):  # a file from elsewhere, or of another version
         return METHODS[run.method]
 

@@ -45,6 +45,25 @@ def share(value: float | None, sd: float | None = None) -> str:
     return f"{value:.3f}" + ("" if sd is None else f" ± {sd:.3f}")
 
 
+def epsilon(value: float | None) -> str:
+    """A privacy loss with three digits, rounded up: it is never told smaller than it is.
+
+    >>> epsilon(2.9951), epsilon(8.0), epsilon(0.12345), epsilon(None)
+    ('3', '8', '0.124', '–')
+    """
+    if value is None:
+        return MISSING
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.ceil(value / unit - 1e-9) * unit:.3g}"
+
+
+def delta(value: float | None) -> str:
+    """``1e-5``."""
+    return MISSING if value is None else f"{value:.2g}".replace("e-0", "e-")
+
+
 def signed(value: float, digits: int) -> str:
     """A difference with its sign, ``+2.1`` or ``−0.4``; what rounds to nothing is ``±0``."""
     text = f"{abs(value):.{digits}f}"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,6 +14,7 @@ from fedistill.errors import RunError
 from fedistill.log import Event, read_events
 from fedistill.report.words import clean, number
 from fedistill.settings import DeploymentSettings, SiteSettings
+from fedistill.status import budget, files
 
 STATES: Mapping[str, str] = {
     "waiting": "no round has begun",
@@ -85,6 +84,8 @@ class Attendance:
         reason: why its last missing upload was missing, with the round; or an empty text.
         bytes_up: bytes of its uploads so far.
         seconds: what its last answer took.
+        epsilon: privacy loss it told last; None without a mechanism.
+        exhausted: whether its privacy budget is spent.
     """
 
     site: str
@@ -93,6 +94,8 @@ class Attendance:
     reason: str = ""
     bytes_up: int = 0
     seconds: float | None = None
+    epsilon: float | None = None
+    exhausted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,9 +130,15 @@ class SiteStatus(Status):
 
     Attributes:
         recent: the last rounds answered: round, accuracy (or None), bytes_up, seconds.
+        epsilon: privacy loss of its rows, earlier runs included; None without a mechanism.
+        limit: the most it may be, where that is known.
+        exhausted: whether the last request would have cost more than is left.
     """
 
     recent: tuple[Row, ...] = ()
+    epsilon: float | None = None
+    limit: float | None = None
+    exhausted: bool = False
 
 
 def read_status(folder: str | Path, *, now: Clock = time.time) -> Status:
@@ -168,9 +177,10 @@ def _running(home: Path, found: set[str]) -> Path:
 
 
 def _run(home: Path, now: Clock) -> RunStatus:
-    config = _toml(home / "config.toml")
-    summary = _json(home / "summary.json")
-    rows = [row for line in _text(home / "rounds.jsonl").splitlines() if (row := _row(line))]
+    config = files.toml(home / "config.toml")
+    summary = files.table(files.text(home / "summary.json"))
+    rounds = files.text(home / "rounds.jsonl").splitlines()
+    rows = [row for line in rounds if (row := _row(line))]
     every = read_events(home / "events.jsonl", LAST_EVENTS)
     begun = next((entry for entry in reversed(every) if entry["event"] in BEGINS), None)
     name = (begun or (every[-1] if every else {})).get("run")
@@ -204,7 +214,7 @@ def _run(home: Path, now: Clock) -> RunStatus:
         idle=idle,
         reason=reason,
         recent=tuple(rows[-RECENT:]),
-        sites=_attendance(events),
+        sites=_attendance(events, budget.told(rounds)),
         cut=bool(events) and all(entry["event"] != "run_started" for entry in events),
     )
 
@@ -236,8 +246,8 @@ def _patience(deadline: float, slowest: float) -> float:
     return max(2 * slowest, SILENCE + deadline)
 
 
-def _attendance(events: Sequence[Event]) -> tuple[Attendance, ...]:
-    """Every enrolled site, from the events of one run in their order."""
+def _attendance(events: Sequence[Event], spent: Mapping[str, float]) -> tuple[Attendance, ...]:
+    """Every enrolled site, from the events of a run in their order, and what it has spent."""
     asked: dict[int, set[str]] = {}
     came: dict[int, set[str]] = {}
     lost: dict[int, set[str]] = {}
@@ -256,16 +266,21 @@ def _attendance(events: Sequence[Event]) -> tuple[Attendance, ...]:
             came.setdefault(place, set()).add(site)
             found = facts.setdefault(site, {})
             found["bytes_up"] = found.get("bytes_up", 0) + _whole(entry.get("bytes_up"))
-            found |= {"answered": place, "seconds": number(entry.get("seconds"))}
+            took = number(entry.get("seconds"))
+            found |= {"answered": place, "seconds": took, "exhausted": False}
         elif kind == "dropped":
             lost.setdefault(place, set()).add(site)
             why = clean(entry.get("reason") or "unknown", 40)
-            facts.setdefault(site, {})["reason"] = f"{why} (round {place})"
+            told = {"reason": f"{why} (round {place})", "exhausted": why == budget.EXHAUSTED}
+            facts.setdefault(site, {}).update(told)
     # A sender that is not enrolled may call itself anything, and gets no line of its own.
     names = enrolled or sorted(set().union(*asked.values(), *came.values(), *lost.values()))
     return tuple(
         Attendance(
-            site=name, missed=_missed(name, asked, came, lost, closed), **facts.get(name, {})
+            site=name,
+            missed=_missed(name, asked, came, lost, closed),
+            epsilon=spent.get(name),
+            **facts.get(name, {}),
         )
         for name in names
     )
@@ -291,7 +306,7 @@ def _missed(
 
 
 def _site(home: Path, now: Clock) -> SiteStatus:
-    settings = _toml(home / "site.toml")
+    settings = files.toml(home / "site.toml")
     every = read_events(home / "state" / "events.jsonl", LAST_EVENTS)
     run = next((entry["run"] for entry in reversed(every) if entry.get("run")), None)
     events = [entry for entry in every if entry.get("run") in {run, None}]
@@ -312,6 +327,7 @@ def _site(home: Path, now: Clock) -> SiteStatus:
         idle=idle,
         reason=_trouble(bad[-1]) if bad else "",
         recent=tuple(steps[-RECENT:]),
+        **budget.account(home / "state"),
     )
 
 
@@ -333,7 +349,7 @@ def _steps(events: Sequence[Event]) -> list[Row]:
 def _allowed(home: Path, settings: Row, steps: Sequence[Row]) -> float:
     """Seconds that a step may take, by the deadline that all sites agreed on."""
     name = settings.get("federation")
-    agreed = _toml(home / (name if isinstance(name, str) else SiteSettings().federation))
+    agreed = files.toml(home / (name if isinstance(name, str) else SiteSettings().federation))
     slowest = max((step["seconds"] or 0 for step in steps), default=0)
     return _patience(_deadline(agreed) or DeploymentSettings().deadline, slowest)
 
@@ -344,7 +360,10 @@ def _site_state(events: Sequence[Event], told: Sequence[Event], idle: float, all
         return "waiting"
     if events[-1]["event"] == "plan_received" and idle > allowed:
         return "stalled"
-    refused = [entry["event"] == "step_refused" for entry in told[-PATIENCE:]]
+    refused = [
+        entry["event"] == "step_refused" and entry.get("reason") != budget.EXHAUSTED
+        for entry in told[-PATIENCE:]
+    ]
     broken = bool(told) and told[-1]["event"] == "step_failed"
     return "failed" if broken or (len(refused) == PATIENCE and all(refused)) else "running"
 
@@ -364,40 +383,10 @@ def _site_id(settings: Row, events: Sequence[Event]) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return ""
-    except OSError as error:
-        raise RunError(
-            f"expected a readable file, found {clean(path, 200)} ({error.strerror}): "
-            "check its permissions"
-        ) from None
-
-
-def _toml(path: Path) -> Row:
-    try:
-        return tomllib.loads(_text(path))
-    except tomllib.TOMLDecodeError:
-        return {}
-
-
-def _json(path: Path) -> Row:
-    try:
-        found = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def _row(line: str) -> Row | None:
     """A line of ``rounds.jsonl`` without what is not shown; None if it is torn."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or type(row.get("round")) is not int:
+    row = files.table(line)
+    if type(row.get("round")) is not int:
         return None
     shown = (
         "student_accuracy",
@@ -408,6 +397,7 @@ def _row(line: str) -> Row | None:
         "bytes_down",
         "clients_ok",
         "clients_failed",
+        "epsilon_max",
         "seconds",
     )
     return {"round": row["round"]} | {key: number(row.get(key)) for key in shown}

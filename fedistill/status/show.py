@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedistill.report import words
-from fedistill.report.live import COLUMNS
+from fedistill.report.live import columns
 from fedistill.report.page import fill
 from fedistill.report.words import clean
 from fedistill.status.folder import (
     ENDS,
     STATES,
     WELL,
+    Attendance,
     RunStatus,
     SiteStatus,
     Status,
@@ -85,11 +86,30 @@ def tiles(status: Status) -> list[dict[str, Any]]:
     else:
         shown[1] = ("accuracy", words.percent(status.accuracy), "of this site's own model")
         shown[4] = ("time", words.duration(status.seconds or None), "of all steps so far")
+    if told := _privacy(status):
+        shown.insert(-1, told)
     bad = status.state not in WELL
     return [
         {"name": name, "value": value, "context": context, "bad": bad and name == "state"}
         for name, value, context in shown
     ]
+
+
+def _privacy(status: Status) -> tuple[str, str, str] | None:
+    """What was spent of the privacy budget; None where nobody keeps one."""
+    if isinstance(status, SiteStatus):
+        if status.epsilon is None and not status.exhausted:
+            return None
+        of = f" of {status.limit:.3g}" if status.limit else ""
+        word = "the budget is spent" if status.exhausted else "of this site's rows, ever"
+        return "epsilon", f"{words.epsilon(status.epsilon)}{of}", word
+    assert isinstance(status, RunStatus)
+    known = [site.epsilon for site in status.sites if site.epsilon is not None]
+    if not known:
+        return None
+    out = sum(site.exhausted for site in status.sites)
+    word = f"; the budget of {words.count(out, 'site')} is spent" if out else ""
+    return "epsilon", words.epsilon(max(known)), f"of the site that spent most{word}"
 
 
 def ago(seconds: float | None) -> str:
@@ -112,6 +132,7 @@ def tables(status: Status) -> list[Table]:
 
 
 def _sites(status: RunStatus) -> Table:
+    private = _private(status)
     rows: list[tuple[str, ...]] = [
         (
             clean(site.site, 32),
@@ -119,18 +140,29 @@ def _sites(status: RunStatus) -> Table:
             str(site.missed),
             words.human_bytes(site.bytes_up),
             words.duration(site.seconds),
+            *((_spent(site),) if private else ()),
             site.reason or words.MISSING,
         )
         for site in status.sites
     ]
-    return Table("Sites", ("site", "answered", "missed", "up", "took", "last drop"), rows)
+    head = ("site", "answered", "missed", "up", "took", *(("epsilon",) if private else ()))
+    return Table("Sites", (*head, "last drop"), rows)
+
+
+def _private(status: RunStatus) -> bool:
+    return any(site.epsilon is not None or site.exhausted for site in status.sites)
+
+
+def _spent(site: Attendance) -> str:
+    return words.epsilon(site.epsilon) + (", budget spent" if site.exhausted else "")
 
 
 def _rounds(status: RunStatus) -> Table:
+    shown = columns(private=any(row.get("epsilon_max") is not None for row in status.recent))
     rows: list[tuple[str, ...]] = [
-        (str(row["round"]), *(column.text(row) for column in COLUMNS)) for row in status.recent
+        (str(row["round"]), *(column.text(row) for column in shown)) for row in status.recent
     ]
-    return Table("Rounds", ("round", *(column.head for column in COLUMNS)), rows)
+    return Table("Rounds", ("round", *(column.head for column in shown)), rows)
 
 
 def _steps(status: Status) -> Table:

@@ -36,8 +36,16 @@ from fedistill.wire.table import Table
 from fedistill.wire.targets import Targets as Targets
 
 MOST_ROUNDS = 1 << 31
-STREAMED: Mapping[str, type] = {"extra": int, "consolidate": bool, "watch": bool}
-"""Fields of a plan that are there where rows change and drift is watched for, only."""
+OPTIONAL: Mapping[str, type] = {
+    "extra": int,
+    "consolidate": bool,
+    "watch": bool,
+    "mechanism": str,
+    "purpose": str,
+    "receipt": str,
+}
+"""Fields of a plan that are there only where rows change and drift is watched for, or where what
+clients share is private."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +71,9 @@ class Plan:
         consolidate: this is such a round: clients learn from the targets and from what they
             remember, and from no row of the day.
         watch: clients tell whether their new rows set off an alarm.
+        mechanism: how what is shared is made private, as all agreed; empty: not at all.
+        purpose: what the run is for, as all agreed.
+        receipt: head of the receiver's privacy ledger as it was last heard here.
     """
 
     run: str
@@ -80,6 +91,9 @@ class Plan:
     extra: int = 0
     consolidate: bool = False
     watch: bool = False
+    mechanism: str = ""
+    purpose: str = ""
+    receipt: str = ""
 
     def rows(self) -> IntArray:
         """The proxy rows to predict, in the order of the upload."""
@@ -111,7 +125,7 @@ class Plan:
             "ask": spec_fields(self.ask),
             "heard": self.heard,
         }
-        header |= {n: getattr(self, n) for n in STREAMED if getattr(self, n)}
+        header |= {n: getattr(self, n) for n in OPTIONAL if getattr(self, n)}
         parts = [self.skip]
         if self.targets is not None:
             header["targets"] = self.targets.header()
@@ -126,13 +140,13 @@ class Plan:
     def from_bytes(cls, data: bytes, limit: int = 64 << 20) -> Plan:
         """Read a plan, or raise :class:`Rejected`."""
         header, payload = unseal(data, limit)
-        optional = {name for name in ("targets", "table", *STREAMED) if name in header}
+        optional = {name for name in ("targets", "table", *OPTIONAL) if name in header}
         names = {"run": str, "round": int, "proxy": str, "classes": str, "heard": int}
         exact_keys(header, {"kind", "ask", "parts", *names} | optional)
         if header["kind"] != "plan":
             raise Rejected("kind", "expected a plan")
-        streamed = {name: STREAMED[name] for name in STREAMED if name in header}
-        check_types(header, names | streamed)
+        there = {name: OPTIONAL[name] for name in OPTIONAL if name in header}
+        check_types(header, names | there)
         number, ask = header["round"], read_spec(header["ask"])
         if not 0 < number < MOST_ROUNDS or ask.round > number:
             raise Rejected("stale_round", "the plan names impossible rounds")
@@ -158,7 +172,7 @@ class Plan:
             heard=header["heard"],
             targets=targets,
             table=Table.read(header["table"], parts[-2:]) if "table" in header else None,
-            **{name: header[name] for name in streamed},
+            **{name: header[name] for name in there},
         )
 
 

@@ -35,6 +35,8 @@ from fedistill import catalog, config, errors, log
 from fedistill.cli import INTERRUPTED, app, main
 from fedistill.exchange import EXCHANGES
 from fedistill.presets import METHODS
+from fedistill.privacy import audit_log
+from fedistill.privacy.disclosure import disclosure
 from fedistill.report.live import COLUMNS, head
 from fedistill.wire.envelope import unseal
 from fedistill.wire.messages import UPLOAD_FIELDS, Plan, RowSpec, Targets
@@ -329,7 +331,7 @@ def test_every_code_of_a_simulated_loss_is_documented():
 
 
 def test_every_kind_of_exchange_is_documented():
-    for page in ("methods.md", "privacy-today.md"):
+    for page in ("methods.md", "privacy.md"):
         for name, method in METHODS.items():
             if method.exchange in EXCHANGES:
                 assert f"`{name}`" in read(page), f"{page}: {name}"
@@ -425,6 +427,39 @@ def test_the_apps_of_the_deployment_page_run_a_federation(tmp_path, monkeypatch)
         "lyon",
         "ulm",
     ]
+
+
+# --- privacy -------------------------------------------------------------------------------------
+
+
+def test_every_event_of_the_audit_log_is_documented_and_no_other():
+    table = part("data-protection-officer.md", "## The audit log")
+    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == [*audit_log.EVENTS]
+
+
+def test_every_key_of_a_disclosure_is_documented():
+    table = part("privacy.md", "## What the report says")
+    assert {*disclosure({})} - {"format", "notice"} <= set(re.findall(r"`(\w+)`", table))
+
+
+def test_every_field_that_the_template_names_is_in_a_disclosure():
+    site = {"epsilon": 1.0, "delta": 1e-5}
+    conditions = {"mechanism": "dpsgd", "unit": "record", "relation": "add-remove"}
+    told = {"sites": {"ID": site}, "audit": {"epsilon_lower": 0.1}}
+    found = disclosure({"privacy": conditions | told})
+    named = re.findall(r"\{([\w.]+)\}", part("data-protection-officer.md", "## A template"))
+    assert len(named) > 20
+    for name in named:
+        place = found
+        for key in name.split("."):
+            assert key in place, name
+            place = place[key]
+
+
+def test_every_mechanism_has_its_row():
+    rows = re.findall(r"^\| `([\w-]+)` \|", part("privacy.md", "## The mechanisms"), re.MULTILINE)
+    assert rows == ["none", "hard-label", "dpsgd", "dp-head", "gnmax", "central-gauss"]
+    assert sorted(rows) == sorted(catalog.known("mechanisms"))
 
 
 # --- links and the site --------------------------------------------------------------------------

@@ -133,3 +133,35 @@ def test_nothing_finished_nothing_summed_up():
     with RoundTable("t", 3, out):
         pass
     assert len(out.file.getvalue().splitlines()) == 2
+
+
+def test_a_private_run_has_a_column_of_epsilon_and_others_have_not(rows):
+    out = console(False)
+    with RoundTable("t", 4, out, private=True) as table:
+        for row in rows[:2]:
+            table.add(row | {"epsilon_max": 1.2301 * row["round"]})
+    lines = out.file.getvalue().splitlines()
+    heads = lines[1].split()
+    assert heads[heads.index("agree") + 1] == "epsilon"
+    assert lines[3].split()[heads.index("epsilon")] == "2.47"
+    assert len({len(line) for line in lines[1:4]}) == 1
+    assert " · epsilon 2.47 · sent" in lines[-1]
+    out = console(False)
+    with RoundTable("t", 4, out) as table:
+        table.add(rows[0])
+    assert "epsilon" not in out.file.getvalue()
+
+
+def test_a_loss_that_is_not_known_is_a_dash(rows):
+    out = console(False)
+    with RoundTable("t", 4, out, private=True) as table:
+        table.add(rows[0] | {"epsilon_max": None})
+    heads, line = (text.split() for text in out.file.getvalue().splitlines()[1:3])
+    assert line[heads.index("epsilon")] == "–"
+
+
+def test_a_narrow_terminal_keeps_the_column_of_epsilon(rows):
+    table = RoundTable("t", 4, console(True, width=60), private=True)
+    with table:
+        assert len(table.line(rows[0])) <= 60
+        assert "epsilon" in [column.head for column in table._columns]
