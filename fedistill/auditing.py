@@ -19,17 +19,19 @@ from fedistill.client import Client, new_student
 from fedistill.config import Settings
 from fedistill.errors import RunError, did_you_mean
 from fedistill.federation import Federation
-from fedistill.privacy.account import LEDGER
 from fedistill.privacy.audit import Audit, Subject, audit_once
 from fedistill.privacy.labels import hard_labels
-from fedistill.privacy.ledger import Ledger
+from fedistill.privacy.ledger import LEDGER, Ledger
 from fedistill.privacy.terms import RELATION, SMALLEST_DELTA
 from fedistill.report.audited import strongest, write_audit
-from fedistill.seeding import derive
+from fedistill.seeding import derive, generator
 
 FORMAT = 1
 """Version of the form of ``audit.json``."""
 FEWEST_CANARIES = 100
+MOST_OWN_ROWS = 1000
+"""Of a client with more rows so many are drawn: epsilon does not depend on their number, and the
+fewer other rows there are, the easier canaries are to tell."""
 NOT_THIS_WAY = (
     "central-gauss protects clients from one another behind a trusted server: it claims nothing "
     "about the rows of a client, so canaries among them cannot test it"
@@ -162,7 +164,7 @@ def _audited(
         "relation": RELATION,
         "noise_unit": "votes" if mechanism == "gnmax" else "clipping norms",
         "client": chosen.id,
-        "rows": len(chosen.data),
+        "rows": len(subject.rows),
         "rounds": subject.rounds,
         "delta": delta,
         "confidence": confidence,
@@ -207,12 +209,16 @@ def subject_of(settings: Settings, federation: Federation, client: Client, done:
             client.make,
         )
 
+    rows = client.data
+    if len(rows) > MOST_OWN_ROWS:
+        drawn = generator(settings.seed, "audit", "rows").permutation(len(rows))
+        rows = rows.take(drawn[:MOST_OWN_ROWS])
     planned = client.terms.rounds if client.terms else settings.rounds
     hard = client.terms is None and settings.privacy.mechanism == "hard-label"
     told = {"told": hard_labels} if hard else {}
     return Subject(
         make=make,
-        rows=client.data,
+        rows=rows,
         proxy=federation.proxy.inputs,
         classes=len(federation.classes),
         rounds=min(done, planned) or planned,

@@ -77,20 +77,28 @@ def run(
     changes += [f"{key}={value}" for key, value in given.items() if value is not None]
     settings = config.load(file, changes)
 
-    from fedistill.report import RoundTable
-
+    show = _round_table(settings.privacy.mechanism)
     if settings.backend.name == "flower":
         from fedistill.flower import launch
 
-        summary = launch.run(settings, file, out=out, resume=resume, show=RoundTable)
+        summary = launch.run(settings, file, out=out, resume=resume, show=show)
     else:
         from fedistill import experiment
 
-        summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=RoundTable)
+        summary = experiment.run(settings, name=file.stem, out=out, resume=resume, show=show)
     folder = Path(summary["folder"])
     for note in summary.get("notes", [])[:MOST_NOTES]:
         typer.echo(f"note: {note}")
     typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _round_table(mechanism: str) -> Any:
+    """What shows the rounds of a run; with epsilon where it is counted."""
+    from functools import partial
+
+    from fedistill.report import RoundTable
+
+    return partial(RoundTable, private=mechanism not in {"none", "hard-label"})
 
 
 @app.command()
@@ -307,6 +315,25 @@ def ledger_acknowledge(
     typer.echo(show.acknowledge(path, epsilon, delta, head or ()))
 
 
+log = typer.Typer(no_args_is_help=True, help="The audit log of a site.", rich_markup_mode=None)
+app.add_typer(log, name="audit-log")
+
+
+@log.command("verify")
+def audit_log_verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="audit-log.jsonl, or its folder.")],
+    head: Annotated[str, typer.Option(help="A hash of it that was kept elsewhere.")] = "",
+) -> None:
+    """Check that no line was edited, moved or taken away."""
+    from fedistill.privacy import audit_log
+
+    place = path / audit_log.NAME if path.is_dir() else path
+    found = audit_log.verify(place, head)
+    typer.echo(f"{place}: {len(found.entries)} entries, in order and unchanged; head {found.head}")
+    if found.torn:
+        typer.echo(f"note: {found.torn} bytes at its end were left incomplete by a crash")
+
+
 deploy = typer.Typer(
     no_args_is_help=True, help="Set up real sites, and rehearse them.", rich_markup_mode=None
 )
@@ -349,10 +376,13 @@ def deploy_trial(
     Starts all parties on loopback with TLS and node keys, runs the federation, and stops what it
     started.
     """
+    from fedistill import config
     from fedistill.flower.trial import trial
-    from fedistill.report import RoundTable
 
-    summary = trial(folder, rounds=rounds, show=RoundTable, say=typer.echo)
+    agreed = folder / "coordinator" / "federation.toml"
+    mechanism = config.load(agreed).privacy.mechanism if agreed.exists() else "none"
+    show = _round_table(mechanism)
+    summary = trial(folder, rounds=rounds, show=show, say=typer.echo)
     typer.echo(f"report: {Path(summary['folder']) / 'report.html'}")
 
 

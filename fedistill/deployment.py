@@ -29,10 +29,21 @@ from fedistill.data.files import find_files
 from fedistill.data.npz import load_arrays
 from fedistill.data.site import Public, read_public, split
 from fedistill.distill.learner import Learner
-from fedistill.errors import DataError, Problem, Rejected, RunError, SettingsError, did_you_mean
+from fedistill.errors import (
+    DataError,
+    LedgerError,
+    Problem,
+    Rejected,
+    RunError,
+    SettingsError,
+    did_you_mean,
+)
 from fedistill.exchange import EXCHANGES
 from fedistill.incoming import Incoming
 from fedistill.log import event
+from fedistill.privacy import audit_log
+from fedistill.privacy.audit_log import AuditLog
+from fedistill.privacy.terms import PRIVATE
 from fedistill.settings import OwnDataSettings
 from fedistill.tables import TableSite
 from fedistill.types import Dataset, FloatArray, Rows
@@ -121,8 +132,7 @@ class Workplace:
             Rejected: ``policy``.
         """
         policy = self.settings.policy
-        if reason := self.refuses():
-            raise Rejected("policy", reason)
+        refuse(self.folder, self.objection())
         exchange = self.site.method.exchange
         if exchange != "predictions" and exchange not in policy.share:
             raise Rejected("policy", f"this site does not share {exchange}")
@@ -136,16 +146,12 @@ class Workplace:
 
     def refuses(self) -> str:
         """Why this site answers nothing of what was agreed; empty: it does."""
-        policy, agreed = self.settings.policy, self.agreed.privacy
-        mechanism = self.settings.mechanism or agreed.mechanism
-        if policy.mechanisms and mechanism not in policy.mechanisms:
-            wanted = ", ".join(policy.mechanisms)
-            return f"this site answers with {wanted}, agreed was {mechanism}"
-        if policy.purposes and agreed.purpose not in policy.purposes:
-            return "this site does not answer for the purpose that was agreed on"
-        if policy.proxies and self.site.proxy.fingerprint not in policy.proxies:
-            return "this site does not answer on these proxy rows"
-        return ""
+        objection = self.objection()
+        return objection.words if objection else ""
+
+    def objection(self) -> Objection | None:
+        """What the site's policy has against what was agreed."""
+        return objection_of(self.settings, self.agreed, self.public.proxy.fingerprint)
 
     def prepare(self, message: bytes) -> None:
         """Allow a plan, and take up the state that its round begins with.
@@ -186,19 +192,73 @@ class Workplace:
             return self.public.inputs(source, own_data(self.settings, self.agreed))
 
 
+@dataclass(frozen=True)
+class Objection:
+    """What a site's policy has against what all agreed on.
+
+    Attributes:
+        key: the key of the policy.
+        words: for the site's administrator.
+    """
+
+    key: str
+    words: str
+
+
+def objection_of(settings: SiteSettings, agreed: Settings, proxy: str) -> Objection | None:
+    """Why a site answers nothing of what was agreed; None: it does.
+
+    A limit on epsilon is one on what is not private too: there epsilon has no bound.
+
+    Args:
+        settings: of the site.
+        agreed: of the federation, as it stands in the site's own folder.
+        proxy: fingerprint of the public rows.
+    """
+    policy, purpose = settings.policy, agreed.privacy.purpose
+    mechanism = settings.mechanism or agreed.privacy.mechanism
+    if policy.mechanisms and mechanism not in policy.mechanisms:
+        wanted = " or ".join(policy.mechanisms)
+        return Objection("mechanism", f"this site answers with {wanted}, agreed was {mechanism}")
+    if (policy.epsilon or policy.delta) and mechanism not in PRIVATE:
+        words = f"this site limits its privacy loss, and with {mechanism} it has no bound"
+        return Objection("epsilon", words)
+    if policy.purposes and purpose not in policy.purposes:
+        words = "this site does not answer for the purpose that was agreed on"
+        return Objection("purpose", words)
+    if policy.proxies and proxy not in policy.proxies:
+        return Objection("proxy", "this site does not answer on these proxy rows")
+    return None
+
+
+def refuse(folder: Path, objection: Objection | None) -> None:
+    """Refuse to answer where the policy has something against it, and note it at the site.
+
+    Raises:
+        Rejected: ``policy``.
+    """
+    if objection is None:
+        return
+    with contextlib.suppress(LedgerError):  # where the log cannot be written it is refused as well
+        AuditLog(folder / STATE / audit_log.NAME).append("policy_refused", reason=objection.key)
+    raise Rejected("policy", objection.words)
+
+
 def site_id(folder: Path) -> str:
     """The id of the site whose ``site.toml`` lies in ``folder``."""
     return config.load_site(folder / SITE_FILE).id
 
 
-def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
+def open_site(folder: str | Path, *, cache: bool = False, willing: bool = False) -> Workplace:
     """A real site from its folder. Nothing is written until it answers a round.
 
     Args:
         folder: where ``site.toml`` lies.
         cache: keep the rows that were read in ``state/cache``, or take them from there.
+        willing: only to answer: where the site's policy forbids that, no row of its own is read.
 
     Raises:
+        Rejected: ``policy``, if it has to be willing.
         SettingsError: ``site.toml`` or ``federation.toml`` is wrong, or they do not fit together.
         DataError: rows that cannot be used, or proxy rows that are not the agreed ones.
     """
@@ -209,8 +269,12 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
         known = agreed.deployment.sites
         text = f'"{settings.id}" is no site of the federation{did_you_mean(settings.id, known)}'
         raise SettingsError([Problem("id", text)], str(folder / SITE_FILE))
+    _check_mechanism(settings, agreed, folder)
     with contextlib.chdir(folder):
         public = public_rows(agreed)
+    if willing:
+        refuse(folder, objection_of(settings, agreed, public.proxy.fingerprint))
+    with contextlib.chdir(folder):
         rows, test = own_rows(settings, agreed, public, cache=cache)
     training = site_training(settings, agreed)
     shape = public.proxy.inputs.shape[1:]
@@ -238,6 +302,22 @@ def open_site(folder: str | Path, *, cache: bool = False) -> Workplace:
     workplace = Workplace(folder, settings, agreed, site, public)
     site.keep_runs_in(workplace.state / "runs")
     return workplace
+
+
+def _check_mechanism(settings: SiteSettings, agreed: Settings, folder: Path) -> None:
+    """Refuse a mechanism of a site's own that does not fit what the others agreed on.
+
+    A method tells more than predictions (familiarity, which classes) unless all agreed on a private
+    mechanism, so one site alone cannot be private; and the others count on each being so.
+    """
+    own, all_ = settings.mechanism, agreed.privacy.mechanism
+    if own in {None, all_} or {own, all_} <= set(PRIVATE):
+        return
+    text = (
+        f"a site may have another private mechanism ({', '.join(PRIVATE)}) than the federation, "
+        f'where that is private, found "{own}" beside "{all_}"'
+    )
+    raise SettingsError([Problem("mechanism", text)], str(folder / SITE_FILE))
 
 
 def incoming(

@@ -190,7 +190,7 @@ def run_seed(
         settings, federated, chosen, folder, name, resume=resume, show=show, engine=engine
     )
     others: dict[str, Summary] = {}
-    openly = dataclasses.replace(settings, privacy=PrivacySettings())
+    openly = without_privacy(settings)
     if settings.evaluation.without_privacy and settings.privacy.mechanism != "none":
         home = folder / "baselines" / OPENLY
         others["without privacy"] = run_one(
@@ -225,6 +225,13 @@ def run_seed(
     public = {key: value for key, value in summary.items() if key != "history"}
     store.save_json(folder / "summary.json", public)
     return summary
+
+
+def without_privacy(settings: Settings) -> Settings:
+    """The same settings, without differential privacy for anybody."""
+    groups = tuple(dataclasses.replace(one, mechanism=None) for one in settings.clients.group)
+    clients = dataclasses.replace(settings.clients, group=groups)
+    return dataclasses.replace(settings, privacy=PrivacySettings(), clients=clients)
 
 
 def rows_of(settings: Settings) -> Federated:

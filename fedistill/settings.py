@@ -162,7 +162,11 @@ class ClientsSettings(TrainSettings):
     partition: str = setting("dirichlet", "how rows are dealt to clients", choices="partitions")
     alpha: float = setting(0.3, "dirichlet: the smaller, the more unequal the classes", above=0)
     classes_per_client: int = setting(2, "shards: shards dealt to each client", low=1)
-    column: str = setting("", "by-column: the column whose values are the sites; csv: also 'file'")
+    column: str = setting(
+        "",
+        "by-column: the column whose values are the sites; csv: also 'file'; several with +, "
+        "numbers in bands: EDUCATION:2,3 + AGE:35",
+    )
     partition_path: str = setting("", "file: an npz with arrays of row numbers")
     partition_key: str = setting("", "file: arrays are KEY_0 ... KEY_{n-1}, and 'public'")
     labelled: int | float = setting(

@@ -13,7 +13,7 @@ from fedistill.privacy.account import Account
 from fedistill.privacy.accounting import ACCOUNTANT
 from fedistill.privacy.central import RELATION as CENTRAL_RELATION
 from fedistill.privacy.central import CentralNoise
-from fedistill.privacy.terms import PRIVATE, RELATION, STATEMENTS, terms_of
+from fedistill.privacy.terms import PRIVATE, RELATION, SMALLEST_DELTA, STATEMENTS, terms_of
 from fedistill.server import Server
 from fedistill.settings import PrivacySettings
 from fedistill.tally import Tally
@@ -84,7 +84,8 @@ def privacy_summary(
         "relation": RELATION if central is None else CENTRAL_RELATION,
         "budget": how.epsilon,
         "epsilon_max": server.epsilon_max(),
-        **({} if central is None else {"delta": central.terms.delta, "sigma": central.sigma}),
+        "delta": (how.delta or SMALLEST_DELTA) if central is None else central.terms.delta,
+        **({} if central is None else {"sigma": central.sigma}),
         "accountant": ACCOUNTANT,
         "rng": RNG,
         "clip_norm": how.clip_norm,

@@ -133,6 +133,13 @@ def test_a_run_folder_is_audited_from_its_settings_and_left_as_it_was(settings, 
     ]
 
 
+def test_of_many_rows_some_are_drawn(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedistill.auditing.MOST_OWN_ROWS", 50)
+    first, again = (audit(settings(), canaries=100, out=tmp_path) for _ in range(2))
+    assert first["rows"] == 50
+    assert first == again
+
+
 def test_noise_at_the_server_is_not_audited_this_way(settings, tmp_path):
     told = audit(
         settings("privacy.mechanism=central-gauss", "clients.count=100"), out=tmp_path / "out"

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from fedistill.data import bands
 from fedistill.data.labels import (
     Labels,
     Where,
@@ -111,7 +112,12 @@ def labels_of(frame: Frame, query: Query) -> Labels:
 
 
 def site_column(frame: Frame, query: Query) -> int | None:
-    """Number of the column that holds the sites, where it is one of the frame's own."""
+    """Number of the column that holds the sites, where it is one of the frame's own.
+
+    Columns that make sites together, or in bands, are none: they stay among the features.
+    """
+    if is_composite(frame, query.column):
+        return None
     return _own_column(frame, query.column, "clients.column", needed=query.labelled)
 
 
@@ -142,14 +148,47 @@ def _own_column(frame: Frame, asked: str, setting: str, *, needed: bool) -> int 
         return None
 
 
+def is_composite(frame: Frame, asked: str) -> bool:
+    """Whether sites are made of several columns, or of bands of numbers."""
+    return asked not in frame.names and ("+" in asked or ":" in asked)
+
+
 def sites(frame: Frame, query: Query) -> dict[str, Texts]:
     """The requested site column as texts, none of them empty."""
     if not query.column:
         return {}
+    if is_composite(frame, query.column):
+        try:
+            parts = [_banded(part, frame) for part in bands.parse(query.column)]
+        except DataError:
+            if query.labelled:
+                raise
+            return {}  # of public rows nobody asks where they come from
+        return {query.column: bands.joined(parts)}
     index = site_column(frame, query)
     if index is None:
         extra = frame.extras.get(query.column)
         return {} if extra is None else {query.column: np.array(extra, dtype=np.str_)}
+    return {query.column: _site_texts(frame, index)}
+
+
+def _banded(part: bands.Part, frame: Frame) -> Texts:
+    """One of the columns that make the sites: its bands, or its values."""
+    index = find_column(part.name, frame, "clients.column")
+    texts = _site_texts(frame, index)
+    if not part.cuts:
+        return np.array([f"{part.name}-{text}" for text in texts], dtype=np.str_)
+    numbers = as_numbers(texts.tolist())
+    if numbers is None:
+        raise DataError(
+            f'{frame.source}: expected numbers in column "{part.name}", which clients.column cuts '
+            "into bands, found texts: leave the cuts out"
+        )
+    return bands.banded(part, numbers)
+
+
+def _site_texts(frame: Frame, index: int) -> Texts:
+    """The values of a column as texts, none of them empty."""
     column = frame.columns[index]
     texts = [] if isinstance(column, np.ndarray) else [text or "" for text in column]
     numbers = column if isinstance(column, np.ndarray) else as_numbers(texts)
@@ -157,10 +196,10 @@ def sites(frame: Frame, query: Query) -> dict[str, Texts]:
         texts = [number_text(value) if np.isfinite(value) else "" for value in numbers]
     if "" in texts:
         raise DataError(
-            f'{frame.where(texts.index(""))}: expected a site in column "{query.column}", found '
-            "none: mend the row or leave it out"
+            f'{frame.where(texts.index(""))}: expected a site in column "{frame.names[index]}", '
+            "found none: mend the row or leave it out"
         )
-    return {query.column: np.array(texts, dtype=np.str_)}
+    return np.array(texts, dtype=np.str_)
 
 
 def subjects(frame: Frame, query: Query) -> Texts | None:

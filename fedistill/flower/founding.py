@@ -24,6 +24,7 @@ from fedistill.data.npz import Arrays
 from fedistill.errors import DataError, Problem, SettingsError
 from fedistill.flower.bundle import SIMULATION
 from fedistill.flower.kit import Kit, write_kit
+from fedistill.privacy.terms import PRIVATE
 from fedistill.settings import (
     CLIENT_ID,
     CLIENT_ID_WORDS,
@@ -117,6 +118,7 @@ def write_deployment(
         public=parties.public,
         coordinator=parties.coordinator,
         own=parties.own,
+        private=parties.agreed.privacy.mechanism in PRIVATE,
     )
     write_kit(folder, kit)
     if alike is not None:
@@ -125,6 +127,12 @@ def write_deployment(
 
 def _dealt_to(alike: Settings, sites: tuple[str, ...]) -> Parties:
     """The rows of an experiment, dealt to the sites as to its clients."""
+    if alike.privacy.unit == "user" and alike.privacy.mechanism in PRIVATE:
+        text = (
+            "rows that are dealt out are numbers without names, so no user can be told from "
+            "another: rehearse with records, or name the classes and give each site a file"
+        )
+        raise SettingsError([Problem("privacy.unit", text)])
     dealt = data.prepare(alike.data, alike.proxy, alike.clients, alike.seed)
     if set(dealt.parts) != set(sites):
         known = ", ".join(dealt.parts)
@@ -154,8 +162,18 @@ def _with_rows_of_their_own(settings: Settings, sites: tuple[str, ...]) -> Parti
 
 
 def _policy(agreed: Settings) -> PolicySettings:
-    """Limits to start from: as many rounds as were agreed on, and as many again; some runs."""
-    return PolicySettings(runs=RUNS, rounds=2 * agreed.rounds)
+    """Limits to start from: as many rounds as were agreed on, and as many again; some runs.
+
+    Where a private mechanism was agreed on, a site holds the others to it, and to its purpose.
+    """
+    limits = PolicySettings(runs=RUNS, rounds=2 * agreed.rounds)
+    how = agreed.privacy
+    if how.mechanism not in PRIVATE:
+        return limits
+    purposes = (how.purpose,) if how.purpose else ()
+    return dataclasses.replace(
+        limits, mechanisms=PRIVATE, epsilon=how.epsilon, purposes=purposes
+    )
 
 
 def _check(agreed: Settings) -> None:
@@ -275,6 +293,7 @@ def _site(site: str, alike: Settings, dealt: Federated) -> SiteSettings:
             test="npz:own-test.npz" if tests is not None and len(tests) else "",
             test_rows=0,
         ),
+        mechanism=config.group_value(alike.clients, list(dealt.parts), "mechanism")[site],
         training=TrainOverrides(**changed),
         policy=_policy(alike),
     )

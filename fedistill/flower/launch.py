@@ -20,6 +20,7 @@ from typing import Any
 from fedistill import config, store
 from fedistill.config import Settings
 from fedistill.errors import (
+    BudgetExhausted,
     CheckpointError,
     DataError,
     FedistillError,
@@ -380,7 +381,7 @@ def _progress(folder: Path) -> tuple[int, int]:
 
 
 KINDS: Mapping[str, type[FedistillError]] = {
-    kind.__name__: kind for kind in (DataError, QuorumError, CheckpointError)
+    kind.__name__: kind for kind in (DataError, QuorumError, CheckpointError, BudgetExhausted)
 }
 """Errors of the server that have a class of their own; others are a RunError."""
 

@@ -12,15 +12,18 @@ import dataclasses
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedistill import config, store
+from fedistill.deployment import STATE
 from fedistill.errors import RunError
 from fedistill.flower import launch, processes
 from fedistill.flower.bundle import SIMULATION
 from fedistill.flower.processes import Child
+from fedistill.privacy.ledger import LEDGER, Ledger
+from fedistill.privacy.terms import PRIVATE
 from fedistill.runs import Show, Summary, silent
 
 TRIAL = "trial"
@@ -155,7 +158,10 @@ def trial(
 
     Raises:
         RunError: something does not start, or the run broke off.
+        BudgetExhausted: all sites have spent their privacy budget.
+        LedgerError: the privacy ledger of a site does not hold.
     """
+    mechanism = config.load(folder / "coordinator" / "federation.toml").privacy.mechanism
     with rehearse(folder) as ours:
         say(f"starting a SuperLink and {len(ours.sites)} sites on loopback, TLS and node keys")
         ours.start_superlink()
@@ -163,8 +169,12 @@ def trial(
         for site in ours.sites:
             ours.start_site(site)
         summary = ours.run(rounds=rounds, show=show)
+        for line in accounts(ours.folder, ours.sites):
+            say(line)
     say(f"soft targets {summary['soft_targets_sha256']}")
-    if (folder / SIMULATION).is_file():
+    if mechanism in (*PRIVATE, "central-gauss"):
+        say("noise comes from the operating system: no two private runs give the same soft targets")
+    elif (folder / SIMULATION).is_file():
         same = _simulated(folder, summary["rounds"]) == summary["soft_targets_sha256"]
         if not same:
             raise RunError(
@@ -173,6 +183,32 @@ def trial(
             )
         say("the serial backend gives the same soft targets, to the bit")
     return summary
+
+
+def accounts(folder: Path, sites: Sequence[str]) -> Iterator[str]:
+    """A line for every site that keeps a privacy ledger, once that is proved.
+
+    Args:
+        folder: with ``sites/ID``.
+        sites: their ids.
+
+    Raises:
+        LedgerError: a ledger does not hold.
+    """
+    for site in sites:
+        path = folder / "sites" / site / STATE / LEDGER
+        if not path.exists():
+            continue
+        with contextlib.closing(Ledger(path)) as ledger:
+            ledger.verify()
+            entries = ledger.entries()
+            charged = [entry for entry in entries if entry.kind == "reserve"]
+            released = sum(entry.kind == "release" for entry in entries)
+            spent = ledger.spent(charged[-1].delta) if charged else 0.0
+        yield (
+            f"{site}: its ledger holds, {len(charged)} steps charged, {released} released, "
+            f"epsilon {spent:.2f}"
+        )
 
 
 def _simulated(folder: Path, rounds: int) -> str:

@@ -20,7 +20,14 @@ from typing import Any
 from fedistill import store
 from fedistill.client import Site
 from fedistill.deployment import STATE, Workplace, open_site
-from fedistill.errors import CheckpointError, DataError, Rejected, RunError, SettingsError
+from fedistill.errors import (
+    CheckpointError,
+    DataError,
+    LedgerError,
+    Rejected,
+    RunError,
+    SettingsError,
+)
 from fedistill.evaluate import measure
 from fedistill.log import event, events_to
 from fedistill.models import threads as computing
@@ -31,6 +38,7 @@ Answering = Callable[[bytes], bytes]
 
 CODES: Mapping[type[Exception], str] = {
     CheckpointError: "state",
+    LedgerError: "ledger",
     RunError: "site",
     DataError: "data",
     SettingsError: "settings",
@@ -107,7 +115,7 @@ def at_real_site(folder: Path, message: bytes, patience: float) -> dict[str, byt
     folder = folder.resolve()
 
     def opened() -> Answering:
-        return functools.partial(answer_and_measure, open_site(folder, cache=True))
+        return functools.partial(answer_and_measure, open_site(folder, cache=True, willing=True))
 
     log = events_to(folder / STATE / EVENTS) if folder.is_dir() else contextlib.nullcontext()
     with log:

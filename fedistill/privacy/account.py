@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedistill import store
-from fedistill.errors import LedgerError, Rejected
+from fedistill.errors import BudgetExceeded, LedgerError, Rejected
+from fedistill.privacy import audit_log
+from fedistill.privacy.audit_log import AuditLog
 from fedistill.privacy.events import Spending
 from fedistill.privacy.learner import Private, Quote
 from fedistill.privacy.ledger import LEDGER, Entry, Ledger
@@ -56,6 +58,7 @@ class Account:
         self.terms = terms
         self.folder = folder
         self.ledger = Ledger(None if folder is None else folder / LEDGER)
+        self.log = None if folder is None else AuditLog(folder / audit_log.NAME)
         self.sigma: float | None = None
         self.run = ""
         self._releases: dict[tuple[str, int], bytes] = {}
@@ -74,8 +77,10 @@ class Account:
         """
         if mechanism != self.terms.agreed:
             asked = mechanism or "none"
+            self._note("policy_refused", reason="mechanism")
             raise Rejected("policy", f"agreed was {self.terms.agreed}, found a request for {asked}")
         if purpose != self.terms.purpose:
+            self._note("policy_refused", reason="purpose")
             raise Rejected("policy", "the run is for another purpose than was agreed")
         self.expect(receipt)
 
@@ -107,6 +112,43 @@ class Account:
         if not quote(1.0):
             return None
         units = learner.units(rows)
+        if self.run != step.run:
+            self._note(
+                "run_begun",
+                run=step.run,
+                units=len(units),
+                purpose=self.terms.purpose,
+                limit=self.terms.epsilon,
+            )
+        try:
+            entry = self._reserve(step, learner, rows, quote, units)
+        except BudgetExceeded as refusal:
+            self._note(
+                "exhausted",
+                run=step.run,
+                round=step.round,
+                epsilon=refusal.spent,
+                limit=refusal.limit,
+            )
+            raise
+        self._note(
+            "charged",
+            run=step.run,
+            round=step.round,
+            entry=entry.seq,
+            mechanism=self.terms.mechanism,
+            unit=self.terms.unit,
+            sigma=self.sigma,
+            epsilon=self.spent(),
+            delta=self.terms.delta,
+            ledger=self.head,
+        )
+        return entry
+
+    def _reserve(
+        self, step: Step, learner: Private, rows: Rows, quote: Quote, units: tuple[bytes, ...]
+    ) -> Entry:
+        """Plan the noise, charge the step, allow it."""
         past = self.ledger.worst(units, self.terms.delta)
         forecast = self._forecast(quote, step, learner, rows)
         sigma = self._noise(step, forecast, past)
@@ -162,8 +204,10 @@ class Account:
         Raises:
             RunError: they cannot be written; nothing leaves.
         """
+        digest = hashlib.sha256(upload).hexdigest()
         self._keep(entry.run, entry.round, upload)
-        self.ledger.release(entry, hashlib.sha256(upload).hexdigest())
+        self.ledger.release(entry, digest)
+        self._note("released", run=entry.run, round=entry.round, sha256=digest, bytes=len(upload))
 
     def released(self, run: str, number: int) -> bytes | None:
         """What was released for a round before, to be sent again; None if nothing was.
@@ -189,6 +233,7 @@ class Account:
                 f"{self._path(run, number)}: expected the bytes that the ledger says were "
                 "released, found others: put them back, or go on with the next round"
             )
+        self._note("resent", run=run, round=number, sha256=digest)
         return upload
 
     def _unreleased(self, run: str, number: int) -> Entry | None:
@@ -219,6 +264,11 @@ class Account:
         """
         self.expect(facts["head"])
         self.sigma, self.run = facts["sigma"], facts["run"]
+
+    def _note(self, what: str, **facts: Any) -> None:
+        """Say in the site's audit log what was done; in memory there is none."""
+        if self.log is not None:
+            self.log.append(what, **facts)
 
     # --- what was released ---------------------------------------------------------------------
 

@@ -57,12 +57,13 @@ def mixed(count: int, proxy: FloatArray, classes: int, seed: int) -> Canaries:
 def scattered(count: int, proxy: FloatArray, seed: int) -> FloatArray:
     """Inputs far from real rows and from one another, ``[count, ...]``.
 
-    Every value is plus or minus the largest that occurs, by a coin: the corners of a cube, almost
-    at right angles to one another, so that what one of them teaches stays its own.
+    Every value is plus or minus a large one, by a coin: the corners of a cube, almost at right
+    angles to one another, so that what one of them teaches stays its own. Large is what one value
+    in a hundred exceeds: beyond, training would break down for want of a gradient.
     """
-    largest = np.abs(proxy).max() or 1.0
+    large = float(np.quantile(np.abs(proxy), 0.99)) or float(np.abs(proxy).max()) or 1.0
     signs = generator(seed, "inputs").integers(2, size=(count, *proxy.shape[1:])) * 2 - 1
-    return np.asarray(largest * signs, dtype=np.float32)
+    return np.asarray(large * signs, dtype=np.float32)
 
 
 def copied(count: int, proxy: FloatArray, classes: int, seed: int) -> Canaries:

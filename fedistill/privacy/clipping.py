@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedistill.errors import FedistillError, RunError
+from fedistill.privacy.quiet import import_opacus
 from fedistill.types import IntArray
 
 RowLoss: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -53,6 +54,7 @@ def clipping_mode(module: nn.Module, unit: str) -> str:
     Ghost clipping needs a norm sampler or a grad sampler for every layer that learns, each weight
     in one layer only, and a row to be a unit.
     """
+    import_opacus()
     from opacus.grad_sample import GradSampleModule
     from opacus.layers.dp_rnn import DPGRU, DPLSTM, DPRNN, RNNLinear
 
@@ -193,6 +195,7 @@ class Clipper:
     # --- inside --------------------------------------------------------------------------------
 
     def _open(self) -> None:
+        import_opacus()
         from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
         from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 

@@ -61,6 +61,9 @@ class Components(nn.Module):
         most: components at most.
     """
 
+    mean: Tensor
+    map: Tensor
+
     def __init__(self, rows: FloatArray, most: int) -> None:
         super().__init__()
         flat = rows.reshape(len(rows), -1).astype(np.float64)
@@ -79,6 +82,11 @@ class Kernel(nn.Module):
     Args:
         rows: ``[m, ...]`` public rows, in random order.
     """
+
+    mean: Tensor
+    map: Tensor
+    landmarks: Tensor
+    root: Tensor
 
     def __init__(self, rows: FloatArray) -> None:
         super().__init__()
@@ -105,6 +113,12 @@ class Graph(nn.Module):
     Args:
         rows: ``[m, ...]`` public rows, in random order.
     """
+
+    mean: Tensor
+    map: Tensor
+    nodes: Tensor
+    scale: Tensor
+    coordinates: Tensor
 
     def __init__(self, rows: FloatArray) -> None:
         super().__init__()
@@ -151,6 +165,9 @@ class Patches(nn.Module):
     Args:
         rows: ``[m, channels, height, width]`` public pictures.
     """
+
+    filters: Tensor
+    offset: Tensor
 
     def __init__(self, rows: FloatArray) -> None:
         super().__init__()
@@ -212,7 +229,8 @@ def _keep(module: nn.Module, **arrays: FloatArray) -> None:
 
 def _unit(rows: Tensor) -> Tensor:
     """Rows of length 1; one of nothing but zeros stays."""
-    return rows / rows.norm(dim=1, keepdim=True).clamp_min(_NOTHING)
+    length = rows.square().sum(dim=1, keepdim=True).sqrt()
+    return rows / length.clamp_min(_NOTHING)
 
 
 def _squares(first: Tensor, second: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedistill.errors import FedistillError
+from fedistill.privacy.quiet import import_opacus
 
 GROUPS = 32
 """Most groups of a GroupNorm (Wu and He, arXiv 1803.08494)."""
@@ -94,6 +95,7 @@ def _group_norm(layer: _BatchNorm) -> nn.GroupNorm:
 
 
 def _rejected(layer: nn.Module) -> bool:
+    import_opacus()
     from opacus.validators import ModuleValidator
 
     if not any(weight.requires_grad for weight in layer.parameters(recurse=False)):
@@ -107,6 +109,7 @@ def _rejected(layer: nn.Module) -> bool:
 
 
 def _opacus_layer(name: str, layer: nn.Module) -> nn.Module:
+    import_opacus()
     from opacus.validators import ModuleValidator
 
     repair: Any = ModuleValidator.FIXERS.get(type(layer))

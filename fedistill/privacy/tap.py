@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +35,8 @@ from torch.func import functional_call, grad, vmap
 from fedistill.privacy.canaries import Canaries
 from fedistill.types import FloatArray, IntArray, Rows
 
-MOST_NUMBERS = 40_000_000
-"""Entries of ``A`` up to which rows are told apart jointly; beyond, each one by itself."""
+MOST_NUMBERS, MOST_ROWS = 40_000_000, 3000
+"""Entries and rows of ``A`` up to which rows are told apart jointly; beyond, one by one."""
 CHUNK = 256
 """Rows whose gradients are computed at once."""
 SPARE = 100
@@ -43,6 +45,15 @@ MEASURE_EVERY = 5
 """Steps from one measurement to the next: each is of some thousand draws."""
 NO_NOISE = 0.02
 """Noise, in clipping norms, of a second score where it cannot be measured: as if it were off."""
+
+
+class _System(NamedTuple):
+    """``A A'``, ``A r``, ``r' r`` and the length of r."""
+
+    gram: Tensor
+    seen: Tensor
+    total: float
+    size: int
 
 
 @dataclass
@@ -114,59 +125,63 @@ class Tap:
         return math.sqrt(max(sum(self._squares) / len(self._squares), 0.0)) / self.clip
 
     def _ratios(self, weights: dict[str, Tensor], released: Tensor) -> dict[str, Tensor]:
-        """Of every row, canaries first: log-likelihood ratios, but for a factor."""
+        """Of every canary, and maybe other rows after them, a log-likelihood ratio."""
         rows, size = len(self._labels), len(released)
-        if rows * size > MOST_NUMBERS:
-            return {"gradients": self._one_by_one(weights, released)}
-        matrix = torch.cat(list(self._gradients(weights)))
-        gram = (matrix @ matrix.T).double()
-        seen = (matrix @ released).double() - gram @ self._mean
-        centred = released.double() - (self._mean.float() @ matrix).double()
-        measured = size >= rows + SPARE
-        if measured and self.steps % MEASURE_EVERY == 0:
-            self._measure(gram, seen, float(centred @ centred), size)
+        stride = math.ceil(rows * size / MOST_NUMBERS)
+        due = self.steps % MEASURE_EVERY == 0 and size // stride >= rows + SPARE
+        if rows > MOST_ROWS or stride > 1:
+            if due and rows <= MOST_ROWS:
+                self._measure(self._system(weights, released, stride))
+            parts = self._gradients(weights, len(self.canaries))
+            return {"gradients": torch.cat([part @ released for part in parts])}
+        system = self._system(weights, released, 1)
+        if due:
+            self._measure(system)
         there = self.sigma if self.noise is None else self.noise
         supposed = {"gradients": max(there, NO_NOISE)}
-        if not measured:
+        if self.noise is None:
             supposed["gradients, no noise"] = NO_NOISE
         return {
-            name: self._solve(gram, seen, (noise * self.clip) ** 2)
-            for name, noise in supposed.items()
+            name: self._solve(system, (noise * self.clip) ** 2) for name, noise in supposed.items()
         }
 
-    def _solve(self, gram: Tensor, seen: Tensor, square: float) -> Tensor:
+    def _system(self, weights: dict[str, Tensor], released: Tensor, stride: int) -> _System:
+        """What every ``stride``-th weight tells."""
+        parts = self._gradients(weights, len(self._labels))
+        matrix = torch.cat([part[:, ::stride] for part in parts])
+        left = released[::stride].double() - (self._mean.float() @ matrix).double()
+        gram = (matrix @ matrix.T).double()
+        return _System(gram, (matrix @ left.float()).double(), float(left @ left), len(left))
+
+    def _solve(self, system: _System, square: float) -> Tensor:
         inverse = 1 / self._variance.clamp(min=1e-9)
-        factor = torch.linalg.cholesky(gram + torch.diag(square * inverse))
-        solved: Tensor = inverse * torch.cholesky_solve(seen[:, None], factor)[:, 0]
+        factor = torch.linalg.cholesky(system.gram + torch.diag(square * inverse))
+        solved: Tensor = inverse * torch.cholesky_solve(system.seen[:, None], factor)[:, 0]
         return solved
 
-    def _measure(self, gram: Tensor, seen: Tensor, total: float, size: int) -> None:
+    def _measure(self, system: _System) -> None:
         """The mean square of what no row explains."""
+        gram, seen, free = system.gram, system.seen, system.size - len(system.gram)
         ridge = 1e-6 * float(gram.diagonal().mean())
         factor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), device=gram.device))
         explained = float(seen @ torch.cholesky_solve(seen[:, None], factor)[:, 0])
-        self._squares.append((total - explained) / (size - len(gram)))
-        self.draws += size - len(gram)
+        self._squares.append((system.total - explained) / free)
+        self.draws += free
 
-    def _one_by_one(self, weights: dict[str, Tensor], released: Tensor) -> Tensor:
-        return torch.cat([part @ released for part in self._gradients(weights)])
-
-    def _gradients(self, weights: dict[str, Tensor]) -> list[Tensor]:
-        """Clipped gradients of all rows, ``[rows, weights]`` in parts."""
+    def _gradients(self, weights: dict[str, Tensor], rows: int) -> Iterator[Tensor]:
+        """Clipped gradients of the first rows, ``[rows, weights]`` in parts."""
 
         def loss(point: dict[str, Tensor], row: Tensor, label: Tensor) -> Tensor:
             logits = functional_call(self.clean, point, (row[None],))
             return nn.functional.cross_entropy(logits, label[None])
 
         each = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
-        parts = []
-        for start in range(0, len(self._labels), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, rows, CHUNK):
+            part = slice(start, min(start + CHUNK, rows))
             found = each(weights, self._inputs[part], self._labels[part])
             flat = torch.cat([found[name].flatten(1) for name in weights], dim=1)
             norms = flat.norm(dim=1, keepdim=True)
-            parts.append(flat * (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0))
-        return parts
+            yield flat * (self.clip / norms.clamp(min=1e-12)).clamp(max=1.0)
 
 
 class CountTap:

@@ -20,6 +20,7 @@ ORDER = (
     "best single other",
     "mean single other",
     "fedavg",
+    "without privacy",
     "centralised",
 )
 """Columns in the order of reading; others follow."""
@@ -32,8 +33,10 @@ MEANING: Mapping[str, str] = {
     "best single other": "the best other site's model",
     "mean single other": "the other sites' models, their mean",
     "fedavg": "weights averaged",
+    "without privacy": "the server's model of the same run, no noise",
     "centralised": "all rows in one place",
 }
+TONES = ("loss", "gain")
 MOST = 500
 """Rows shown at most."""
 
@@ -96,31 +99,66 @@ def site_tables(run: Run) -> list[SiteTable]:
         if name in sites:
             sites[name] = {**sites[name], "bad": True}
     sparks = _sparks(run, list(sites))
-    tables = [
-        _table("Accuracy", "accuracy", sites, sparks, words.percent, 100, 1, "percentage points"),
-        _table("AUC", "auc", sites, {}, words.share, 1, 3, "AUC"),
-    ]
+    shown = [*METRICS, CALIBRATION] if _speaks_of_privacy(run) else METRICS
+    tables = [_table(metric, sites, sparks if metric is METRICS[0] else {}) for metric in shown]
     return [table for table in tables if table.columns]
 
 
+@dataclass(frozen=True)
+class Metric:
+    """What a table is of.
+
+    Attributes:
+        title: of the table.
+        key: of the figure.
+        form: how it is written.
+        scale: from the figure to the unit.
+        digits: after the point.
+        unit: what a difference is counted in.
+        lower: whether less is better.
+    """
+
+    title: str
+    key: str
+    form: Callable[[float | None], str]
+    scale: float
+    digits: int
+    unit: str
+    lower: bool = False
+
+
+METRICS = (
+    Metric("Accuracy", "accuracy", words.percent, 100, 1, "percentage points"),
+    Metric("AUC", "auc", words.share, 1, 3, "AUC"),
+)
+CALIBRATION = Metric(
+    "Calibration error",
+    "calibration_error",
+    words.percent,
+    100,
+    1,
+    "percentage points (less is better)",
+    lower=True,
+)
+"""How far confidence is from accuracy: noise can spoil it where accuracy is kept."""
+
+
+def _speaks_of_privacy(run: Run) -> bool:
+    table = run.table("privacy")
+    return table.get("private") is True
+
+
 def _table(
-    title: str,
-    metric: str,
-    sites: Mapping[str, Mapping[str, Any]],
-    sparks: Mapping[str, str],
-    form: Callable[[float | None], str],
-    scale: float,
-    digits: int,
-    unit: str,
+    metric: Metric, sites: Mapping[str, Mapping[str, Any]], sparks: Mapping[str, str]
 ) -> SiteTable:
-    figures = {name: _figures(site, metric) for name, site in sites.items()}
+    figures = {name: _figures(site, metric.key) for name, site in sites.items()}
     columns = _columns(figures.values())
     reference = next((name for name in ("local", "first round") if name in columns), "")
     rows = []
     for name in list(sites)[:MOST]:
         site, found = sites[name], figures[name]
-        cells = _cells(found, columns, reference, form, scale, digits)
-        about = _about(site) if metric == "accuracy" else ""
+        cells = _cells(found, columns, reference, metric)
+        about = _about(site) if metric is METRICS[0] else ""
         rows.append(SiteRow(clean(name, 40), about, sparks.get(name, ""), cells))
     means: Figures = {
         column: (sum(values) / len(values), None)
@@ -129,13 +167,13 @@ def _table(
         and len(values) == len(figures)
     }
     return SiteTable(
-        title=title,
+        title=metric.title,
         columns=tuple((clean(c, 32), MEANING.get(c, "")) for c in columns),
         reference=reference,
         rows=tuple(rows),
-        sentence=_sentence(figures, reference),
-        unit=unit,
-        mean=_cells(means, columns, reference, form, scale, digits),
+        sentence=_sentence(figures, reference, lower=metric.lower),
+        unit=metric.unit,
+        mean=_cells(means, columns, reference, metric),
         sparks=any(row.spark for row in rows),
         left_out=max(0, len(sites) - MOST),
     )
@@ -160,15 +198,11 @@ def _columns(figures: Iterable[Figures]) -> tuple[str, ...]:
 
 
 def _cells(
-    found: Figures,
-    columns: Sequence[str],
-    reference: str,
-    form: Callable[[float | None], str],
-    scale: float,
-    digits: int,
+    found: Figures, columns: Sequence[str], reference: str, metric: Metric
 ) -> tuple[Cell, ...]:
+    scale, digits = metric.scale, metric.digits
     shown = {column: round(value * scale, digits) for column, (value, _) in found.items()}
-    top = max(shown.values(), default=0.0)
+    top = (min if metric.lower else max)(shown.values(), default=0.0)
     mark = len(shown) > 1 and any(value != top for value in shown.values())
     base = found.get(reference)
     cells = []
@@ -180,13 +214,14 @@ def _cells(
         change = tone = ""
         if base is not None and column != reference:
             change = words.signed(scale * (value - base[0]), digits)
-            tone = {"+": "gain", words.MINUS: "loss"}.get(change[0], "")
+            gain = words.MINUS if metric.lower else "+"
+            tone = "" if change[0] not in {"+", words.MINUS} else TONES[change[0] == gain]
         spread = "" if sd is None else f"± {scale * sd:.{digits}f}"
-        cells.append(Cell(form(value), spread, change, tone, mark and shown[column] == top))
+        cells.append(Cell(metric.form(value), spread, change, tone, mark and shown[column] == top))
     return tuple(cells)
 
 
-def _sentence(figures: Mapping[str, Figures], reference: str) -> str:
+def _sentence(figures: Mapping[str, Figures], reference: str, *, lower: bool = False) -> str:
     """How many sites have a better model at the end than they would have had."""
     pairs = [
         (f["client"][0], f[reference][0])
@@ -195,8 +230,9 @@ def _sentence(figures: Mapping[str, Figures], reference: str) -> str:
     ]
     if not pairs:
         return ""
-    better = sum(round(after - before, 3) > 0 for after, before in pairs)
-    worse = sum(round(after - before, 3) < 0 for after, before in pairs)
+    sign = -1 if lower else 1
+    better = sum(round(sign * (after - before), 3) > 0 for after, before in pairs)
+    worse = sum(round(sign * (after - before), 3) < 0 for after, before in pairs)
     what = "training alone" if reference == "local" else "their first round"
     return (
         f"Compared with {what}, {better} of {words.count(len(pairs), 'site')} ended better, "

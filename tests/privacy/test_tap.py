@@ -100,8 +100,15 @@ def test_a_frozen_first_part_takes_no_part_and_with_few_weights_no_noise_is_supp
     assert bounds.auc(tap.scores()["gradients"][0], made.included) > 0.6
 
 
-def test_too_many_weights_are_told_one_by_one(trial, monkeypatch):
-    monkeypatch.setattr("fedistill.privacy.tap.MOST_NUMBERS", 1)
+def test_too_many_weights_are_told_one_by_one_and_noise_is_measured_on_some(trial, monkeypatch):
+    monkeypatch.setattr("fedistill.privacy.tap.MOST_NUMBERS", 80 * 400)
+    tap, made = trial(0.2)
+    assert tap.noise == pytest.approx(0.2, rel=0.05)
+    assert bounds.auc(tap.scores()["gradients"][0], made.included) > 0.8
+
+
+def test_too_many_rows_are_told_one_by_one(trial, monkeypatch):
+    monkeypatch.setattr("fedistill.privacy.tap.MOST_ROWS", 10)
     tap, made = trial(0.2)
     assert tap.noise is None
     assert bounds.auc(tap.scores()["gradients"][0], made.included) > 0.8

@@ -59,6 +59,7 @@ class Kit:
         public: files for everybody, such as the proxy set.
         coordinator: files for the coordinator alone.
         own: files of single sites.
+        private: whether all agreed on a private mechanism.
         inner: port of the SuperLink itself, on the coordinator's loopback only.
     """
 
@@ -70,6 +71,7 @@ class Kit:
     public: Mapping[str, bytes] = field(default_factory=dict)
     coordinator: Mapping[str, bytes] = field(default_factory=dict)
     own: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
+    private: bool = False
     inner: int = 9091
 
     @property
@@ -168,6 +170,7 @@ def _items(kit: Kit) -> Items:
         ),
         "other_apps": OTHER_APPS,
         "port": kit.port,
+        "private": kit.private,
         "sites": kit.sites,
     }
     common = _joined(
