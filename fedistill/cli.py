@@ -227,6 +227,7 @@ def audit(
     ],
     canaries: Annotated[int, typer.Option(help="Planted rows, each in by a fair coin.")] = 1000,
     client: Annotated[str | None, typer.Option(help="Whose; default: with most rows.")] = None,
+    seeds: Annotated[int, typer.Option(help="Audits, each with other canaries.")] = 1,
     confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
     out: Annotated[Path | None, typer.Option(help="Where figures go; default: the run.")] = None,
 ) -> None:
@@ -238,7 +239,13 @@ def audit(
     from fedistill import auditing
 
     found = auditing.audit(
-        source, canaries=canaries, client=client, confidence=confidence, out=out, say=typer.echo
+        source,
+        canaries=canaries,
+        seeds=seeds,
+        client=client,
+        confidence=confidence,
+        out=out,
+        say=typer.echo,
     )
     if not found["passed"]:
         raise typer.Exit(AUDIT_FAILED)

@@ -145,8 +145,9 @@ def _means(tables: Sequence[list[float | None] | None]) -> list[float | None] | 
 
 
 def _buffers(learners: Sequence[Learner]) -> Line | None:
-    """What all memories hold together."""
-    stats = [held.stats() for one in learners if (held := getattr(one, "replay", None)) is not None]
+    """What all memories hold together; a private one does not say."""
+    held = [getattr(one, "replay", None) for one in learners]
+    stats = [one.stats() for one in held if hasattr(one, "stats")]
     if not stats:
         return None
     classes: dict[str, int] = {}

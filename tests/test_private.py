@@ -283,6 +283,40 @@ def test_what_privacy_costs_is_shown_beside(tmp_path: Path) -> None:
     assert summary["privacy"]["mechanism"] == "dpsgd"
 
 
+STREAM = """
+[stream]
+experiences = 3
+shift = "class-incremental"
+every = 2
+[privacy]
+mechanism = "dpsgd"
+epsilon = 3
+sample_rate = 0.5
+steps = 4
+"""
+
+
+@pytest.mark.parametrize(("buffer", "cohorts"), [(0, 3), (30, 5)])
+def test_rows_that_stay_in_a_memory_pay_for_all_rounds_and_others_for_their_own(
+    tmp_path: Path, buffer: int, cohorts: int
+) -> None:
+    more = STREAM + f"[continual]\nbuffer = {buffer}\n"
+    settings = builders.write_settings(tmp_path, rounds=6, more=more)
+    summary = experiment.run(settings, out=tmp_path / "run")
+    ledger = fd.Ledger(tmp_path / "run/sites/site-0/ledger.sqlite")
+    spent = [epsilon(one, 1e-5) for one in ledger.cohorts().values()]
+    assert max(spent) <= 3.0
+    assert max(spent) == pytest.approx(summary["privacy"]["epsilon_max"])
+    if buffer:  # rows of the first experience that stayed pay for six rounds, the last for two
+        assert len(spent) >= cohorts - 2
+        assert min(spent) < 0.7 * max(spent)
+    else:  # disjoint rows: the costliest counts, and all cost the same
+        assert len(spent) == cohorts
+        assert min(spent) == pytest.approx(max(spent))
+    steps = {entry.spending for entry in ledger.entries() if entry.kind == "reserve"}
+    assert len(steps) == 1  # one noise for the whole run
+
+
 # --- what is told before anything is spent -------------------------------------------------------
 
 

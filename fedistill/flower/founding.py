@@ -171,9 +171,7 @@ def _policy(agreed: Settings) -> PolicySettings:
     if how.mechanism not in PRIVATE:
         return limits
     purposes = (how.purpose,) if how.purpose else ()
-    return dataclasses.replace(
-        limits, mechanisms=PRIVATE, epsilon=how.epsilon, purposes=purposes
-    )
+    return dataclasses.replace(limits, mechanisms=PRIVATE, epsilon=how.epsilon, purposes=purposes)
 
 
 def _check(agreed: Settings) -> None:
@@ -293,7 +291,7 @@ def _site(site: str, alike: Settings, dealt: Federated) -> SiteSettings:
             test="npz:own-test.npz" if tests is not None and len(tests) else "",
             test_rows=0,
         ),
-        mechanism=config.group_value(alike.clients, list(dealt.parts), "mechanism")[site],
+        mechanism=config.group_value(alike.clients, list(dealt.parts), "mechanism").get(site),
         training=TrainOverrides(**changed),
         policy=_policy(alike),
     )

@@ -63,6 +63,7 @@ class PrivateStudent(TorchStudent):
 
     Attributes:
         notes: for the user: what had to be changed in the model.
+        listener: called after each noisy gradient, before the step is taken: for an audit.
         passed: rows that its steps have seen, of own rows the expected number: how many were drawn
             is nobody's business.
 
@@ -97,6 +98,7 @@ class PrivateStudent(TorchStudent):
         self.loss = loss or cross_entropy
         self._checked = loss is None and built_in(self.module)
         self._sigma: float | None = None
+        self.listener: Callable[[nn.Module], None] | None = None
         self._mode = clipping_mode(self.module, privacy.unit)
         self._largest: int | None = None
         self.replay = replay
@@ -258,6 +260,8 @@ class PrivateStudent(TorchStudent):
                 before = fingerprint(self.module)
                 clipper.step(poisson(len(units), self.privacy.sample_rate, coins), take)
                 self._check_buffers(before)
+                if self.listener is not None:
+                    self.listener(self.module)
                 self._move((self.privacy.lr or self.recipe.lr) * share)
                 beside = range(*_evenly(step, steps, len(public)))
                 if beside:

@@ -20,7 +20,7 @@ from fedistill.types import FloatArray
 CONSTANT = 0.1
 """The constant beside features of length 1: what a bias is for other heads."""
 WIDTH = 0.35
-"""Of the kernel, in median distances between public rows; .7 loses three points on digits."""
+"""Of the kernel, in median distances between public rows; .7 loses two to five points on digits."""
 LANDMARKS = 500
 """Public rows whose kernels are features."""
 NEIGHBOURS = 8

@@ -147,6 +147,7 @@ class Committee:
             device=device,
             example=background[:2],
         )
+        self.listener: Callable[[IntArray, FloatArray], None] | None = None
         self._key = secrets.token_bytes(32)
         self._answers: Logits = np.full((len(background), classes), np.nan, dtype=np.float32)
         self._told: tuple[FloatArray, Probs, FloatArray | None] | None = None
@@ -280,6 +281,8 @@ class Committee:
             device=self.device,
         )
         noisy = noisy_counts(count_votes(votes, self.classes), sigma, numpy_generator())
+        if self.listener is not None:
+            self.listener(asked, noisy)
         return confidence(noisy, sigma, teachers, self.privacy.threshold)
 
     def _study(self, seed: int) -> None:

@@ -56,6 +56,12 @@ width = 64
 batch_size = 20
 epochs = 8
 """
+PRIVATE = """
+[privacy]
+mechanism = "dpsgd"
+epsilon = 8
+purpose = "a trial"
+"""
 Fact = dict[str, Any]
 
 
@@ -158,6 +164,7 @@ def as_clientapp(faults: Sequence[str], journal: str, rest: Sequence[str]) -> No
     """`flwr-clientapp` of a site, with faults such as `hang@2` (once, in round 2) or `nan@*`."""
     from fedistill.client import Site
     from fedistill.flower import pinned
+    from fedistill.privacy.ledger import Ledger
     from fedistill.wire.messages import Plan
 
     def due(kind: str, number: int) -> str | None:
@@ -205,8 +212,22 @@ def as_clientapp(faults: Sequence[str], journal: str, rest: Sequence[str]) -> No
         if due("die-training", plan.round) is not None:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    keep, note_release = Site.save, Ledger.release
+
+    def saving(site: Any) -> None:
+        if due("die-released", site.round) is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(site)
+
+    def releasing(ledger: Any, entry: Any, digest: str) -> None:
+        if due("die-kept", entry.round) is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        note_release(ledger, entry, digest)
+
     Site.answer = answering  # type: ignore[method-assign]
     Site.train = training  # type: ignore[method-assign]
+    Site.save = saving  # type: ignore[method-assign]
+    Ledger.release = releasing  # type: ignore[method-assign]
     sys.argv = ["flwr-clientapp", *rest]
     pinned.main()
 
@@ -739,6 +760,69 @@ def failing_sites(
     return told | {"expected": simulate(folder, rounds)}
 
 
+def books(ours: World) -> Fact:
+    """By site: what its ledger says of what left it, and what the coordinator was told."""
+    from fedistill.privacy import audit_log
+    from fedistill.privacy.ledger import LEDGER, Ledger
+
+    told = ours.summary()["privacy"]["sites"]
+    found: Fact = {}
+    for site in ours.trial.sites:
+        state = ours.site_folder(site) / "state"
+        ledger = Ledger(state / LEDGER)
+        ledger.verify()
+        entries = ledger.entries()
+        paid = [(one.run, one.round) for one in entries if one.kind == "reserve"]
+        released = [one for one in entries if one.kind == "release"]
+        rounds = [(one.run, one.round) for one in released]
+        known = {(one.run, one.round, str(one.release_sha256)[:16]) for one in released}
+        left = {
+            (one["run"], one["round"], one["sha"])
+            for one in noted(ours.journal, site=site)
+            if one["what"] in {"answered", "arrived"}
+        }
+        found[site] = {
+            "charged": len(paid),
+            "released": len(released),
+            "twice": sorted(number for _, number in set(rounds) if rounds.count((_, number)) > 1),
+            "unpaid": sorted(number for _, number in set(rounds) - set(paid)),
+            "unknown": sorted(number for _, number, _ in left - known),
+            "epsilon": ledger.spent(entries[0].delta),
+            "told": told[site]["epsilon"],
+            "head": ledger.holds(told[site]["head"]) and told[site]["head"] != "",
+            "log": [one["event"] for one in audit_log.verify(state / audit_log.NAME).entries],
+        }
+        ledger.close()
+    return found
+
+
+def private(
+    folder: Path, *, rounds: int = 4, seed: int = 0, falls: int = 3, restart: float = RESTART
+) -> Fact:
+    """Private sites that die at every point of a step, and a coordinator that falls.
+
+    In round 2 one dies in training, when all is charged and nothing kept; one when its answer is
+    kept, but not noted; one when it is noted, but its state not saved; one when it has saved; and
+    the fifth is killed from outside. The coordinator falls while it combines round `falls`.
+    """
+    dice = random.Random(seed)
+    trains, keeps, releases, saves, other = "abcde"
+    with world(folder, restart=restart) as ours:
+        ours.agree(rounds=rounds, falls=falls, deployment={"grace": 60.0})
+        ours.plant(trains, "die-training@2")
+        ours.plant(keeps, "die-kept@2")
+        ours.plant(releases, "die-released@2")
+        ours.plant(saves, "die-saved@2")
+        ours.open()
+        ours.submit()
+        ours.wait_for_round(2)
+        ours.rest(dice.uniform(0, 6))
+        ours.kill(other)
+        told = figures(ours, ours.finish_whatever_happens()) | {"log": ours.log}
+        told["books"] = books(ours)
+    return told
+
+
 def intruders(folder: Path, *, rounds: int = 2, seed: int = 0) -> Fact:
     """A key that nobody registered, a wrong authority, no TLS, and a site with another's id."""
     del seed
@@ -1025,11 +1109,13 @@ def hosts(folder: Path, *, rounds: int = 3, seed: int = 0, restart: float = REST
 
 @dataclass(frozen=True)
 class Scenario:
-    """A trial, the sites it needs, and what makes its short form short."""
+    """A trial, the sites it needs, what makes its short form short, and what they agree on."""
 
     run: Callable[..., Fact]
     sites: str = "abc"
     short: Mapping[str, Any] = field(default_factory=dict)
+    more: str = ""
+    agreed: int = 2
 
 
 SCENARIOS = {
@@ -1041,6 +1127,7 @@ SCENARIOS = {
         "abcde",
         {"rounds": 2, "restart": 2.0, "pushing": False, "erase": True},
     ),
+    "private": Scenario(private, "abcde", {"rounds": 3, "restart": 2.0}, PRIVATE, agreed=4),
     "intruders": Scenario(intruders),
     "bad-messages": Scenario(bad_messages, "abcde"),
     "sick-sites": Scenario(sick_sites, "abcde", {"restart": 2.0}),
@@ -1066,7 +1153,9 @@ def main() -> None:
     options |= {"rounds": asked.rounds} if asked.rounds else {}
     with ExitStack() as stack:
         folder = asked.folder or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "new"
-        deploy(folder, list(scenario.sites), EXAMPLE if asked.example else SMALL)
+        settings = EXAMPLE if asked.example else SMALL
+        settings = settings.replace("rounds = 2", f"rounds = {scenario.agreed}")
+        deploy(folder, list(scenario.sites), settings + scenario.more)
         started = time.monotonic()
         told = scenario.run(folder, seed=asked.seed, **options)
     told["total_seconds"] = round(time.monotonic() - started, 1)

@@ -20,6 +20,7 @@ import pytest
 from . import chaos, network
 
 TOGETHER = 3
+DEATHS = {"a": "die-training", "b": "die-kept", "c": "die-released", "d": "die-saved"}
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
@@ -119,6 +120,27 @@ def test_a_site_that_hangs_or_dies_answers_when_it_is_asked_again(seen: Any) -> 
     # Of all others came what would have come anyway.
     expected = seen["expected"]["uploads"]
     assert {one for one in expected if seen["uploads"].get(one) != expected[one]} == {"e 2"}
+
+
+@trial("private")
+def test_no_ledger_is_charged_twice_for_a_release_and_nothing_leaves_without_a_charge(
+    seen: Any,
+) -> None:
+    assert seen["rounds"] == 3
+    assert seen["two_answers"] == []
+    assert {f"{site} {kind} 2" for site, kind in DEATHS.items()} <= set(seen["faults"])
+    assert "coordinator die-combining 3" in seen["faults"]
+    assert seen["given"] >= 15
+    for site, book in seen["books"].items():
+        assert (book["twice"], book["unpaid"], book["unknown"]) == ([], [], []), site
+        assert book["released"] == 3, site
+        assert book["epsilon"] == pytest.approx(book["told"]), site
+        assert book["epsilon"] <= 8
+        assert book["head"], site
+        assert "released" in book["log"], site
+    # What was computed and lost stays charged; what was kept is sent, and costs nothing again.
+    assert seen["books"]["a"]["charged"] == 4
+    assert [seen["books"][site]["charged"] for site in "bcd"] == [3, 3, 3]
 
 
 @trial("intruders")
