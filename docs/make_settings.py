@@ -274,12 +274,14 @@ def silent(item: Any) -> str:
     """What holds where an option is not given, if there is more to say than nothing."""
     if item.required:
         return "; must be given"
-    return "" if item.is_flag or item.default is None else f"; by default `{item.default}`"
+    return "" if item.is_flag or item.default in {None, ""} else f"; by default `{item.default}`"
 
 
 def metavar(item: Any) -> str:
     """What stands for an option's value."""
-    return item.metavar or {"integer": "N", "path": "PATH"}.get(item.type.name, "TEXT")
+    return item.metavar or {"integer": "N", "float": "NUMBER", "path": "PATH"}.get(
+        item.type.name, "TEXT"
+    )
 
 
 def commands() -> dict[str, Any]:

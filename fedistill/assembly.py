@@ -217,7 +217,14 @@ def model_names(settings: Settings, federated: Federated, chosen: Method) -> dic
     if chosen.exchange in {"weights", "rows"}:
         kind = settings.student.model or settings.clients.model
         return dict.fromkeys(training, f"{kind}, as the server's")
-    return {name: train.model for name, train in training.items()}
+    ids = list(dict.fromkeys([*federated.tests, *federated.parts]))
+    own = config.group_value(settings.clients, ids, "mechanism")
+    mechanisms = {name: own.get(name, settings.privacy.mechanism) for name in training}
+    head = f"head on public features ({settings.privacy.encoder})"
+    return {
+        name: head if mechanisms[name] == "dp-head" else train.model
+        for name, train in training.items()
+    }
 
 
 def recipe(training: TrainSettings) -> Recipe:

@@ -69,10 +69,13 @@ MECHANISMS: Mapping[str, str] = {
 }
 
 ENCODERS: Mapping[str, str] = {
-    "auto": "components for images, inputs as they are for tables",
+    "auto": "patches for pictures, mixed for everything else",
     "none": "inputs as they are, scaled to length 1",
     "components": "principal components of the public rows, half whitened",
-    "kernel": "how near a row is to some public rows (random or Nystroem features)",
+    "kernel": "how near a row is to some public rows (Nystroem features)",
+    "graph": "where a row lies in the graph of nearest public rows: for very small budgets",
+    "mixed": "plain numbers, graph and kernel together, condensed to 60 components",
+    "patches": "how often which small patch of a picture is seen, in each part of it",
 }
 """What :mod:`fedistill.privacy.encoders` makes for ``dp-head``, from public rows alone."""
 

@@ -316,7 +316,8 @@ def discreet(chosen: Method, *, own: bool = False) -> Method:
         raise SettingsError([Problem("method.preset", text)])
     asks = takes(chosen.bound_rule()) & {"familiarity", "seen"}
     if chosen.name == OURS.name and not own:
-        return dataclasses.replace(chosen, rule="mean", familiarity="")
+        told = "distilled inside the steps; teachers count alike, for familiarity is private (ours)"
+        return dataclasses.replace(chosen, summary=told, rule="mean", familiarity="")
     if chosen.accept or (asks and (chosen.tells_familiarity() or "seen" in asks)):
         key = "method.accept" if chosen.accept else "method.rule"
         text = (

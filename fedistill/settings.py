@@ -77,6 +77,9 @@ class DataSettings:
     positive_above: float | None = setting(
         None, "make two classes: 1 where the label is above this number"
     )
+    positive: tuple[str, ...] = setting(
+        (), "csv, parquet: make two classes: 1 where the label is one of these"
+    )
     history: int = setting(20, "sessions: the clicks before the next that are looked at", low=1)
     items: int = setting(
         1000, "sessions: how many of the most frequent items make the catalogue; 0: all", low=0
@@ -411,17 +414,24 @@ class PrivacySettings:
     )
     clip_norm: float = setting(1.0, "largest gradient norm of a record (or user)", above=0)
     sample_rate: float = setting(
-        0.25, "probability of a record (or user) to be in a step", above=0, high=1
+        0.0,
+        "probability of a record (or user) to be in a step; 0: 1 for dp-head, 0.25 else",
+        low=0,
+        high=1,
     )
     steps: int | None = setting(
-        None, "noisy steps in a round; not set: clients.epochs / sample_rate", low=1
+        None,
+        "noisy steps in a round; not set: 1 for dp-head, clients.epochs / sample_rate else",
+        low=1,
     )
     sigma: float | None = setting(
         None,
         "noise multiplier; not set: as little as keeps all rounds within epsilon",
         above=0,
     )
-    lr: float | None = setting(None, "learning rate of noisy steps; not set: clients.lr", above=0)
+    lr: float | None = setting(
+        None, "learning rate of noisy steps; not set: 25 for dp-head, clients.lr else", above=0
+    )
     encoder: str = setting(
         "auto",
         "dp-head: what turns inputs into features, made from public rows alone",

@@ -13,7 +13,7 @@ from fedistill.privacy.account import Account
 from fedistill.privacy.accounting import ACCOUNTANT
 from fedistill.privacy.central import RELATION as CENTRAL_RELATION
 from fedistill.privacy.central import CentralNoise
-from fedistill.privacy.terms import PRIVATE, RELATION, SMALLEST_DELTA, STATEMENTS, terms_of
+from fedistill.privacy.terms import PRIVATE, RELATION, SMALLEST_DELTA, STATEMENTS, settled, terms_of
 from fedistill.server import Server
 from fedistill.settings import PrivacySettings
 from fedistill.tally import Tally
@@ -89,7 +89,7 @@ def privacy_summary(
         "accountant": ACCOUNTANT,
         "rng": RNG,
         "clip_norm": how.clip_norm,
-        "sample_rate": how.sample_rate,
+        "sample_rate": settled(how, how.mechanism).sample_rate,
         "rounds": how.rounds,
         "sites": {
             name: site_facts(sites[name]) if name in sites else {"epsilon": epsilon, "head": head}

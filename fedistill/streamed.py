@@ -147,7 +147,7 @@ def _means(tables: Sequence[list[float | None] | None]) -> list[float | None] | 
 def _buffers(learners: Sequence[Learner]) -> Line | None:
     """What all memories hold together; a private one does not say."""
     held = [getattr(one, "replay", None) for one in learners]
-    stats = [one.stats() for one in held if hasattr(one, "stats")]
+    stats = [one.stats() for one in held if one is not None and hasattr(one, "stats")]
     if not stats:
         return None
     classes: dict[str, int] = {}

@@ -47,9 +47,21 @@ def number_labels(
 
 
 def value_labels(
-    values: FloatArray | Sequence[str | None], where: Where, positive_above: float | None = None
+    values: FloatArray | Sequence[str | None],
+    where: Where,
+    positive_above: float | None = None,
+    positive: Sequence[str] = (),
 ) -> Labels:
-    """Labels of a table, numbers or texts: the sorted distinct values become classes."""
+    """Labels of a table, numbers or texts: the sorted distinct values become classes.
+
+    Args:
+        values: as the table has them.
+        where: from a row number to words.
+        positive_above: two classes: numbers above this one are positive.
+        positive: two classes: these values are positive.
+    """
+    if positive:
+        return _among(values, where, positive)
     texts = None if isinstance(values, np.ndarray) else [value or "" for value in values]
     numbers = values if isinstance(values, np.ndarray) else as_numbers(texts or [])
     for row, text in enumerate(texts or []):
@@ -110,6 +122,21 @@ def _check_count(classes: int, rows: int, where: Where) -> None:
             f"{where(0)}: expected classes as labels, found {classes} different values in {rows} "
             "rows: name another column as data.label"
         )
+
+
+def _among(
+    values: FloatArray | Sequence[str | None], where: Where, positive: Sequence[str]
+) -> Labels:
+    """Two classes: the others, and those that are named."""
+    labels, names = value_labels(values, where)
+    absent = [value for value in positive if value not in names]
+    if absent:
+        raise DataError(
+            f'{where(0)}: expected labels such as "{absent[0]}" (data.positive), found none: '
+            "write it as the file does"
+        )
+    chosen = np.array([name in positive for name in names], dtype=np.int64)
+    return chosen[labels], ("other", " or ".join(positive))
 
 
 def _above(numbers: FloatArray, where: Where, threshold: float) -> Labels:

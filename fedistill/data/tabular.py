@@ -108,7 +108,7 @@ def labels_of(frame: Frame, query: Query) -> Labels:
     values, above = frame.columns[index], query.settings.positive_above
     if frame.classes and above is None and isinstance(values, np.ndarray):
         return number_labels(values, frame.where, names=frame.classes)
-    return value_labels(values, frame.where, above)
+    return value_labels(values, frame.where, above, query.settings.positive)
 
 
 def site_column(frame: Frame, query: Query) -> int | None:

@@ -21,6 +21,7 @@ from fedistill.experiment import Engine
 from fedistill.flower.backend import FlowerBackend
 from fedistill.flower.outcome import outcome_in
 from fedistill.flower.roster import by_asking, by_key
+from fedistill.spent import EXHAUSTED
 from fedistill.wire.messages import Failure, Plan
 
 SIMULATED_DEADLINE = 24 * 3600.0
@@ -85,6 +86,9 @@ class FromDisk:
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
         """One reply or failure for every client asked."""
-        yield from self.asked.run(plan)
+        for outcome in self.asked.run(plan):
+            if isinstance(outcome, Failure) and outcome.reason == EXHAUSTED:
+                self.sites[outcome.client].exhausted = True
+            yield outcome
         for name in plan.clients:
             self.sites[name].restore(plan.run, plan.round + 1)

@@ -202,11 +202,11 @@ def accounts(folder: Path, sites: Sequence[str]) -> Iterator[str]:
         with contextlib.closing(Ledger(path)) as ledger:
             ledger.verify()
             entries = ledger.entries()
-            charged = [entry for entry in entries if entry.kind == "reserve"]
+            deltas = [entry.delta for entry in entries if entry.kind == "reserve"]
             released = sum(entry.kind == "release" for entry in entries)
-            spent = ledger.spent(charged[-1].delta) if charged else 0.0
+            spent = max((ledger.spent(delta) for delta in set(deltas) if delta), default=0.0)
         yield (
-            f"{site}: its ledger holds, {len(charged)} steps charged, {released} released, "
+            f"{site}: its ledger holds, {len(deltas)} steps charged, {released} released, "
             f"epsilon {spent:.2f}"
         )
 

@@ -27,6 +27,7 @@ from fedistill.privacy.layers import built_in, fingerprint, hold_still, private_
 from fedistill.privacy.learner import Quote
 from fedistill.privacy.remembered import PrivateMemory
 from fedistill.privacy.sampling import Units, poisson, units_of
+from fedistill.privacy.terms import settled
 from fedistill.settings import PrivacySettings
 from fedistill.types import FloatArray, IntArray, Rows, State
 
@@ -94,7 +95,7 @@ class PrivateStudent(TorchStudent):
             device=device,
             background=background,
         )
-        self.privacy = privacy
+        self.privacy = settled(privacy, "dpsgd")
         self.loss = loss or cross_entropy
         self._checked = loss is None and built_in(self.module)
         self._sigma: float | None = None

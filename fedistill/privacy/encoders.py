@@ -6,7 +6,7 @@ are, so only their shape counts. Every encoder gives rows of length 1 with a con
 and nothing about private rows goes into it: all that hold the same public rows build the same one.
 
 Accuracy of the mean of the clients' heads at epsilon 8 / 3 / 1 (delta 1e-5, records), and the area
-under the ROC curve at epsilon 3, clients with equal shares, one noisy step on all rows a round:
+under the ROC curve at epsilon 3, clients with equal shares, noisy steps on all rows at once:
 
 ========== ==================== ==================== ========= ===============
 encoder    digits, 8 clients    fashion10, 10        credit, 8 breast cancer, 4

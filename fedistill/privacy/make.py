@@ -13,6 +13,7 @@ from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import seeded
 from fedistill.errors import FedistillError, Problem, SettingsError
+from fedistill.privacy.terms import settled
 from fedistill.settings import ContinualSettings, PrivacySettings
 from fedistill.types import FloatArray
 
@@ -53,6 +54,7 @@ def private_learner(
     from fedistill.privacy.remembered import private_memory
     from fedistill.privacy.votes import Committee
 
+    how = settled(how, mechanism)
     if mechanism == "gnmax":
         if continual.buffer:
             text = "gnmax remembers no rows: take dpsgd or dp-head, or set buffer = 0"
@@ -70,7 +72,10 @@ def private_learner(
     if mechanism == "dp-head":
         if background is None:
             raise FedistillError("dp-head: expected proxy rows to learn features from, found none")
+        from fedistill.privacy.encoders import head_recipe
+
         build = partial(_head_on, how.encoder, background, classes)
+        recipe = head_recipe(recipe, how.lr)
     else:
         with seeded(seed):
             sample = build()

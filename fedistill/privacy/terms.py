@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedistill.errors import Problem, SettingsError
 from fedistill.settings import PolicySettings, PrivacySettings
@@ -49,6 +49,20 @@ class Terms:
     sigma: float | None = None
     purpose: str = ""
     relation: str = RELATION
+
+
+def settled(how: PrivacySettings, mechanism: str) -> PrivacySettings:
+    """The settings with what the mechanism decides where they are silent.
+
+    A head learns by few large steps on all rows: with as many steps and the same epsilon, a full
+    batch needs less noise than a part of it (epsilon 3, 16 steps: 5.56 to 6.03 for a half).
+    """
+    head = mechanism == "dp-head"
+    return replace(
+        how,
+        sample_rate=how.sample_rate or (1.0 if head else 0.25),
+        steps=how.steps or (1 if head else None),
+    )
 
 
 def terms_of(

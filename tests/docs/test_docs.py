@@ -32,12 +32,13 @@ import torch
 from typer.testing import CliRunner
 
 from fedistill import catalog, config, errors, log
-from fedistill.cli import INTERRUPTED, app, main
+from fedistill.cli import AUDIT_FAILED, INTERRUPTED, app, main
 from fedistill.exchange import EXCHANGES
-from fedistill.presets import METHODS
+from fedistill.presets import METHODS, discreet
 from fedistill.privacy import audit_log
 from fedistill.privacy.disclosure import disclosure
 from fedistill.report.live import COLUMNS, head
+from fedistill.spent import EXHAUSTED
 from fedistill.wire.envelope import unseal
 from fedistill.wire.messages import UPLOAD_FIELDS, Plan, RowSpec, Targets
 from fedistill.wire.table import Table
@@ -212,7 +213,7 @@ def test_every_exit_code_is_documented_and_no_other():
     table = read("settings.md").partition("## Exit codes")[2]
     documented = {int(code) for code in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if hasattr(kind, "exit_code")]
-    assert documented == {0, INTERRUPTED} | {kind.exit_code for kind in kinds}
+    assert documented == {0, AUDIT_FAILED, INTERRUPTED} | {kind.exit_code for kind in kinds}
 
 
 def test_the_round_table_of_the_quickstart_has_the_real_columns():
@@ -306,6 +307,7 @@ def test_the_plan_has_the_documented_fields_and_no_other():
     targets = Targets(round=1, spec=rows, codec="u8", classes=2, payload=b"")
     table = Table(np.zeros((2, 2)))
     told = {"extra": 1, "consolidate": True, "watch": True}
+    told |= {"mechanism": "dpsgd", "purpose": "triage", "receipt": "0" * 64}
     plan = Plan(
         run="r", round=2, ask=rows, proxy="p", classes="c", targets=targets, table=table, **told
     )
@@ -352,7 +354,7 @@ def test_every_code_in_place_of_an_upload_is_documented_and_no_other():
         for pair in re.findall(r'"(\w+)" if [^"\n]+ else "(\w+)"', source)
         for code in pair
     }
-    of_the_site = {*work.CODES.values(), work.code_of(ValueError()), "policy"}
+    of_the_site = {*work.CODES.values(), work.code_of(ValueError()), "policy", EXHAUSTED}
     of_the_site |= set(re.findall(r'"reason": "(\w+)"', (home / "work.py").read_text()))
     assert sorted(table_under("### Over a network")) == sorted(of_the_way | of_the_site)
 
@@ -460,6 +462,18 @@ def test_every_mechanism_has_its_row():
     rows = re.findall(r"^\| `([\w-]+)` \|", part("privacy.md", "## The mechanisms"), re.MULTILINE)
     assert rows == ["none", "hard-label", "dpsgd", "dp-head", "gnmax", "central-gauss"]
     assert sorted(rows) == sorted(catalog.known("mechanisms"))
+
+
+def test_the_methods_that_can_be_private_are_named_and_no_other():
+    def can_be(method):
+        try:
+            return bool(discreet(method))
+        except errors.SettingsError:
+            return False
+
+    text = part("methods.md", "## Private methods")
+    named = set(re.findall(r"`([\w-]+)`", text)) & set(METHODS)
+    assert named == {name for name, method in METHODS.items() if can_be(method)}
 
 
 # --- links and the site --------------------------------------------------------------------------

@@ -215,14 +215,16 @@ def as_clientapp(faults: Sequence[str], journal: str, rest: Sequence[str]) -> No
     keep, note_release = Site.save, Ledger.release
 
     def saving(site: Any) -> None:
-        if due("die-released", site.round) is not None:
+        if due("die-saving", site.round) is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         keep(site)
 
     def releasing(ledger: Any, entry: Any, digest: str) -> None:
-        if due("die-kept", entry.round) is not None:
+        if due("die-noting", entry.round) is not None:
             os.kill(os.getpid(), signal.SIGKILL)
         note_release(ledger, entry, digest)
+        if due("die-noted", entry.round) is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     Site.answer = answering  # type: ignore[method-assign]
     Site.train = training  # type: ignore[method-assign]
@@ -796,23 +798,25 @@ def books(ours: World) -> Fact:
     return found
 
 
+DEATHS = {"a": "die-training", "b": "die-saving", "c": "die-noting", "d": "die-noted"}
+"""Where in a private step which site dies."""
+
+
 def private(
     folder: Path, *, rounds: int = 4, seed: int = 0, falls: int = 3, restart: float = RESTART
 ) -> Fact:
     """Private sites that die at every point of a step, and a coordinator that falls.
 
-    In round 2 one dies in training, when all is charged and nothing kept; one when its answer is
-    kept, but not noted; one when it is noted, but its state not saved; one when it has saved; and
-    the fifth is killed from outside. The coordinator falls while it combines round `falls`.
+    In round 2 one dies when it has trained, one as it saves its state, one before the ledger notes
+    what is released, one after that; the fifth, with all of its programs, is killed from outside.
+    The coordinator falls while it combines round `falls`.
     """
     dice = random.Random(seed)
-    trains, keeps, releases, saves, other = "abcde"
+    other = "e"
     with world(folder, restart=restart) as ours:
         ours.agree(rounds=rounds, falls=falls, deployment={"grace": 60.0})
-        ours.plant(trains, "die-training@2")
-        ours.plant(keeps, "die-kept@2")
-        ours.plant(releases, "die-released@2")
-        ours.plant(saves, "die-saved@2")
+        for site, death in DEATHS.items():
+            ours.plant(site, f"{death}@2")
         ours.open()
         ours.submit()
         ours.wait_for_round(2)

@@ -18,7 +18,7 @@ from builders import write_settings
 
 from fedistill import config
 from fedistill.cli import main
-from fedistill.errors import FedistillError, MissingExtra, QuorumError, RunError
+from fedistill.errors import BudgetExhausted, FedistillError, MissingExtra, QuorumError, RunError
 from fedistill.flower import jobs, launch, outcome
 from fedistill.flower.bundle import APP, write_app
 from fedistill.flower.launch import Job, Submission
@@ -164,6 +164,7 @@ def test_who_was_heard_in_the_present_round_is_shown(tmp_path: Path, hand: Hand)
     [
         (3, "round 4: 1 usable uploads, the quorum is 3", QuorumError),
         (2, "settings: 3 problems", RunError),
+        (4, "round 9: 3 of 3 clients have spent their privacy budget", BudgetExhausted),
         (3, "the server broke off (MemoryError): see the log", RunError),
     ],
 )

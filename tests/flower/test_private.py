@@ -303,6 +303,8 @@ def test_a_private_simulation_on_flower_ends_with_code_4_when_the_budget_is_out(
     assert code == 4
     assert "have spent their privacy budget" in text
     assert told(tmp_path / "run")["status"] == "failed:budget"
+    facts = told(tmp_path / "run")["privacy"]["sites"]
+    assert all(facts[name]["exhausted"] for name in ("site-0", "site-1", "site-2"))
 
 
 def test_a_private_simulation_goes_on_beyond_its_private_rounds_at_no_cost(

@@ -14,6 +14,8 @@ from builders import read_lines, write_settings
 
 from fedistill import experiment
 
+from .test_private import DELTA, PRIVATE, check_books, ledger_in
+
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -59,3 +61,17 @@ def test_an_error_in_the_settings_is_said_before_ray_is_started(tmp_path: Path) 
     assert wrong.returncode == 3
     assert "proxy.rows" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_private_run_on_ray_keeps_every_ledger_under_the_run(tmp_path: Path) -> None:
+    """Steps of a client are done by whatever worker is free: its ledger goes on all the same."""
+    file = write_settings(tmp_path, rounds=2, more=PRIVATE)
+    done = fedistill("run", str(file), "--backend", "flower", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sites = sorted((tmp_path / "run" / "sites").iterdir())
+    facts = told(tmp_path / "run")["privacy"]["sites"]
+    assert [site.name for site in sites] == sorted(facts)
+    for site in sites:
+        assert check_books(site) == {"reserve": [1, 2], "release": [1, 2]}
+        with ledger_in(site) as ledger:
+            assert facts[site.name]["epsilon"] == pytest.approx(ledger.spent(DELTA))

@@ -27,7 +27,14 @@ from fedistill import config, deployment, store
 from fedistill.client import Client, Member, Site
 from fedistill.data.site import Public
 from fedistill.deployment import open_site
-from fedistill.errors import CheckpointError, DataError, Rejected, RunError, SettingsError
+from fedistill.errors import (
+    CheckpointError,
+    DataError,
+    LedgerError,
+    Rejected,
+    RunError,
+    SettingsError,
+)
 from fedistill.flower import client_app, convert, work
 from fedistill.log import read_events
 from fedistill.server import Server
@@ -231,6 +238,7 @@ ERRORS: dict[str, tuple[Exception, str]] = {
     "a key": (KeyError(SECRET), "failed"),
     "data": (DataError(f"{SECRET} is no number"), "data"),
     "state": (CheckpointError(SECRET), "state"),
+    "ledger": (LedgerError(SECRET), "ledger"),
     "disk": (RunError(SECRET), "site"),
     "settings": (SettingsError([]), "settings"),
     "refusal": (Rejected("nonfinite", SECRET), "nonfinite"),

@@ -44,6 +44,10 @@ class Runner:
                 "fedistill.experiment",
                 "fedistill.report",
                 "fedistill.privacy.dpsgd",
+                "opacus.validators",
+                "opacus.grad_sample",
+                "opacus.optimizers",
+                "dp_accounting.pld.privacy_loss_distribution",
             ]
         )
 
@@ -108,7 +112,7 @@ def check_site(site: Path) -> int:
 
 def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     runner = Runner(folder)
-    runner.whole(folder / "warm")  # the first one waits for the imports
+    runner.whole(folder / "warm")  # the first one waits for the imports, which take seconds
     code, seconds = runner.whole(folder / "whole")
     assert code == 0
     random = np.random.default_rng(seed)
