@@ -42,7 +42,7 @@ BOUNDED = "keeps what it learned; the influence of these rows is bounded by epsi
 UNBOUNDED = "influence NOT bounded: the model has learned from these rows; --restart begins anew"
 
 REFUND = "erasure refunds no epsilon: what was spent stays on the ledger"
-PAY = "what begins anew has to be paid for anew: with a spent budget it learns from others alone"
+PAY = "what begins anew has to be paid for anew: with a spent budget this site answers no more"
 GROUP = "epsilon is that of one record: of a person with several, it is so many times as much"
 UNTRUSTED = "the ledger cannot be trusted, so no bound is stated: see `fedistill ledger verify`"
 SHARED = "soft targets of other sites' making may still reflect these rows until they are made anew"

@@ -111,7 +111,9 @@ def _noise(cost: Spending, sigma: float) -> str:
     steps = [(event, times) for event, times in cost if isinstance(event, Sampled)]
     if steps:
         event, times = steps[0]
-        return f"{times} noisy steps a round, each row in {event.rate:.0%} of them, noise {sigma:g}"
+        whose = "of all rows" if event.rate == 1 else f"each row in {event.rate:.0%} of them"
+        steps_ = f"{times} noisy step{'s' * (times > 1)} a round"
+        return f"{steps_}, {whose}, noise {sigma:g}"
     return f"noisy answers, noise {sigma:g} votes"
 
 

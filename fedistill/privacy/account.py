@@ -91,6 +91,7 @@ class Account:
             LedgerError: it was rolled back, replaced or deleted.
         """
         if not self.ledger.holds(head):
+            self._note("refused", reason="ledger", ledger=head)
             raise LedgerError(
                 f"{self.ledger.path or 'the ledger'}: expected the entry {head[:12]}, which it had "
                 "before, found it gone: put the newest copy back, or state what may be missing "
@@ -178,6 +179,7 @@ class Account:
             learner.allow(sigma)
         except Exception:
             self.ledger.void(entry)  # nothing was computed
+            self._note("voided", run=step.run, round=step.round, entry=entry.seq)
             raise
         self.ledger.started(entry)
         self.sigma, self.run = sigma, step.run

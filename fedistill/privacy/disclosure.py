@@ -39,8 +39,9 @@ PLAIN: Mapping[str, str] = {
     "dp-head": "Each site trained only the last layer of its model on its own rows, by DP-SGD: "
     "what a single {unit} adds to a step is clipped, and noise is added to the sum. The layers "
     "below come from public rows.",
-    "gnmax": "Each site taught sub-teachers on rows of their own and let them vote: a proxy row is "
-    "answered by the class with most votes, after noise, and only where enough agree.",
+    "gnmax": "Each site taught sub-teachers on rows of their own and let them vote. Noise was "
+    "added to the counts of the votes on a proxy row, and only these noisy counts decide its "
+    "answer: clear where votes agree, flat where they are at odds.",
     "central-gauss": "The server added noise to the mean of the sites' predictions. That hides "
     "sites from one another and from the public, not from the server.",
 }
@@ -60,8 +61,8 @@ DISJOINT = (
     "one site only. A person at two sites pays the sum of both."
 )
 PUBLIC_SIZE = (
-    "How many rows a site has is treated as public, rounded to a power of two: noise, sampling and "
-    "δ depend on it."
+    "How many rows a site has is treated as public: noise and δ depend on the exact number, and "
+    "uploads tell it rounded to a power of two."
 )
 PUBLIC_PROXY = "The proxy rows are public: no row of theirs is protected."
 UNIT: Mapping[str, str] = {

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fedistill.errors import LedgerError
-from fedistill.privacy import accounting
+from fedistill.privacy import accounting, audit_log
+from fedistill.privacy.audit_log import AuditLog
 from fedistill.privacy.chain import Entry
 from fedistill.privacy.cohorts import charged, undominated
 from fedistill.privacy.events import Claim, Event, Gaussian, Spending
@@ -80,9 +81,13 @@ def acknowledge(
             f"it uses a part; found {epsilon:g} and {delta:g}"
         )
     try:
-        ledger.acknowledge_loss(epsilon, delta, heads)
+        entry = ledger.acknowledge_loss(epsilon, delta, heads)
     except ValueError as error:
         raise LedgerError(f"{error}, found {', '.join(heads)}: copy it from the message") from None
+    assert ledger.path is not None
+    log = AuditLog(ledger.path.parent / audit_log.NAME)
+    facts = {"epsilon": epsilon, "delta": delta, "entry": entry.seq, "ledger": entry.hash}
+    log.append("loss_acknowledged", **facts)
     spent = ledger.spent(budget)
     return (
         f"{ledger.path}: ({epsilon:g}, {delta:g}) is charged to all; epsilon {spent:.4g} is spent "

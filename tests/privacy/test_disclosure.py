@@ -166,7 +166,7 @@ def test_a_spent_budget_is_told():
 def test_what_it_rests_on():
     said = " ".join(told()["assumptions"])
     assert "A person at two sites pays the sum of both." in said
-    assert "treated as public, rounded to a power of two" in said
+    assert "treated as public: noise and δ depend on the exact number" in said
     assert "one record added or removed" in said
     assert "A person with several records" in said
     assert "one user added or removed" in " ".join(told(unit="user")["assumptions"])
