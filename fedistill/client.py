@@ -49,6 +49,7 @@ from fedistill.types import (
 from fedistill.wire import codec as codecs
 from fedistill.wire.delta import delta_encode, quantise, restore
 from fedistill.wire.envelope import Mask, pack_mask
+from fedistill.wire.grid import Codes
 from fedistill.wire.messages import Plan, Upload, bucket, seen_mask
 from fedistill.wire.shelf import Shelf
 
@@ -164,7 +165,7 @@ class Site(Kept):
         if (released := self._released(plan)) is not None:
             return released
         self.arrive(plan)
-        paid = self.pay(plan)
+        self.pay(plan)
         self.absorb(plan)
         self.train(plan)
         self.upload, self.refusal = b"", None
@@ -172,7 +173,6 @@ class Site(Kept):
             self.upload = self.share(plan).to_bytes()
         except Rejected as refusal:
             self.refusal = refusal
-        self.release(paid)
         self.run, self.round = plan.run, plan.round
         self.save()
         return self._stored()
@@ -182,9 +182,15 @@ class Site(Kept):
         return None if self.account is None else self.account.released(plan.run, plan.round)
 
     def _stored(self) -> bytes:
-        """The answer of this round, a refusal being one too: it is not trained for again."""
+        """The answer of this round, a refusal being one too: it is not trained for again.
+
+        What was paid for leaves only once the ledger holds its digest. It is saved before that, so
+        that a process which dies in between has lost nothing, and the next one notes it.
+        """
         if self.refusal is not None:
             raise self.refusal
+        if self.account is not None:
+            self.account.settle(self.run, self.round, self.upload)
         return self.upload
 
     def agree(self, plan: Plan) -> None:
@@ -245,6 +251,7 @@ class Site(Kept):
         """
         if self.account is None:
             return None
+        self._read(plan)  # what cannot be learned from is refused before it costs anything
         assert isinstance(self.learner, Private)
         step = Step(plan.run, plan.round, self._left(plan), plan.rows())
         try:
@@ -263,22 +270,13 @@ class Site(Kept):
             return left
         return min(left, until(number) or left)  # rows that are not remembered go with their time
 
-    def release(self, paid: Entry | None) -> None:
-        """Note on the ledger what was bought: from then on the answer may leave."""
-        if self.account is not None and paid is not None and self.upload:
-            self.account.release(paid, self.upload)
-
     def absorb(self, plan: Plan) -> None:
         """Learn from the last round's soft targets."""
-        if self.said is not None:
-            self.said.learn(plan.heard)
-        if plan.targets is None:
+        read = self._read(plan)
+        if plan.targets is None or read is None:
             return
         number = plan.targets.round
-        rows, codes = plan.targets.read(self.told)
-        probs = self._choose(rows, restore(self.method.down(), codes, len(self.classes)))
-        if not np.isfinite(probs).all():
-            raise Rejected("nonfinite", "NaN or infinity among the soft targets")
+        rows, codes, probs = read
         if self.told is not None:
             self.told.put(rows, codes, number)
         self.targets[rows], self.stamp[rows] = probs, number
@@ -289,6 +287,22 @@ class Site(Kept):
             seed=self._seed(plan, "absorb"),
             weights=weights,
         )
+
+    def _read(self, plan: Plan) -> tuple[IntArray, Codes, Probs] | None:
+        """The soft targets that a plan brings, and what it says was heard; changes no model.
+
+        Raises:
+            Rejected: they are not finite, or changes of what is not known here.
+        """
+        if self.said is not None:
+            self.said.learn(plan.heard)
+        if plan.targets is None:
+            return None
+        rows, codes = plan.targets.read(self.told)
+        probs = self._choose(rows, restore(self.method.down(), codes, len(self.classes)))
+        if not np.isfinite(probs).all():
+            raise Rejected("nonfinite", "NaN or infinity among the soft targets")
+        return rows, codes, probs
 
     def _choose(self, rows: IntArray, probs: Probs) -> Probs:
         """Of several targets for a row, the one nearest to what the learner predicts now."""

@@ -381,3 +381,8 @@ def site_contradictions(settings: SiteSettings, lines: Lines) -> Iterator[Proble
         if name not in SHARED:
             text = f'expected {", ".join(SHARED)}, found "{name}"'
             yield Problem("policy.share", text, lines.get(("policy", "share")))
+    known = catalog.known("mechanisms")
+    for name in settings.policy.mechanisms:
+        if name not in known:
+            text = f'unknown value "{name}"{did_you_mean(name, known)}'
+            yield Problem("policy.mechanisms", text, lines.get(("policy", "mechanisms")))

@@ -352,7 +352,7 @@ class Federation:
             if site.account is not None:  # a budget that was planned for fewer rounds
                 terms = site.account.terms
                 planned = self.privacy.rounds or rounds
-                site.account.terms = dataclasses.replace(terms, rounds=min(planned, rounds))
+                site.account.terms = dataclasses.replace(terms, rounds=planned)
 
     def _sites(self, folder: Path | None) -> dict[str, Site]:
         """Every client at work, with its state under ``folder``."""

@@ -46,7 +46,9 @@ def privacy(
     if how.mechanism not in PRIVATE:
         yield f"privacy   {STATEMENTS[how.mechanism]} (projected epsilon: infinite)"
         return
-    yield f"privacy   {how.mechanism}: {STATEMENTS[how.mechanism]}"
+    own = {client.terms.mechanism for client in clients if client.terms is not None}
+    for name in sorted(own) or [how.mechanism]:
+        yield f"privacy   {name}: {STATEMENTS[name]}"
     told: dict[str, list[str]] = {}
     for client in clients:
         for line in _client(settings, client, proxy, account):

@@ -190,11 +190,10 @@ def test_a_round_asked_again_gives_the_same_bytes_and_no_second_charge(
     assert fits == [1, 2]
 
 
-def test_an_answer_is_sent_again_where_the_state_was_never_written(
+def test_a_step_whose_state_cannot_be_saved_releases_nothing_and_is_charged_anew(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fits: list[int]
 ) -> None:
-    """Released, and dead before the save: the release counts, nobody draws noise twice."""
-    first, second, *_ = plans(folder)
+    first = plans(folder, 1)[0]
 
     def dead(site: Site) -> None:
         raise KeyboardInterrupt
@@ -203,31 +202,44 @@ def test_an_answer_is_sent_again_where_the_state_was_never_written(
         patch.setattr(Site, "save", dead)
         with pytest.raises(KeyboardInterrupt):
             answer(folder, first)
-    (stored,) = (folder / "state" / RELEASES).iterdir()
-    assert answer(folder, first) == stored.read_bytes()
-    assert kinds(folder) == ["reserve 1", "release 1"]
-    answer(folder, second)
-    assert kinds(folder)[2:] == ["reserve 2", "release 2"]
-    assert fits == [1, 2]
+    assert kinds(folder) == ["reserve 1"]
+    assert not (folder / "state" / RELEASES).exists()
+    answer(folder, first)
+    assert kinds(folder) == ["reserve 1", "reserve 1", "release 1"]
+    assert fits == [1, 1]
 
 
-def test_bytes_on_the_disk_whose_release_was_not_noted_are_noted_and_sent(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, fits: list[int]
+@pytest.mark.parametrize("death", ["_keep", "release"])
+def test_a_saved_answer_whose_release_was_not_noted_is_noted_and_sent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fits: list[int], death: str
 ) -> None:
-    first = plans(folder, 1)[0]
+    """Dead before the bytes are kept, or before the ledger has them: the state has the rest."""
+    first, second, *_ = plans(folder)
 
     def dead(*anything: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "release", dead)
+        patch.setattr(Account if death == "_keep" else Ledger, death, dead)
         with pytest.raises(KeyboardInterrupt):
             answer(folder, first)
     assert kinds(folder) == ["reserve 1"]
+    told = answer(folder, first)
     (stored,) = (folder / "state" / RELEASES).iterdir()
-    assert answer(folder, first) == stored.read_bytes()
+    assert told == stored.read_bytes() == answer(folder, first)
     assert kinds(folder) == ["reserve 1", "release 1"]
-    assert fits == [1]
+    answer(folder, reseal(second, heard=1))  # what it said is known here
+    assert kinds(folder)[2:] == ["reserve 2", "release 2"]
+    assert fits == [1, 2]
+
+
+def test_a_plan_that_cannot_be_learned_from_costs_nothing(folder: Path, fits: list[int]) -> None:
+    message = reseal(plans(folder)[2], heard=2)
+    with pytest.raises(Rejected) as caught:
+        answer(folder, message)
+    assert caught.value.reason == "reference"
+    assert fits == []
+    assert not (folder / "state" / LEDGER).exists()
 
 
 def test_two_runs_share_one_budget(folder: Path) -> None:
@@ -540,6 +552,12 @@ def test_what_the_policy_does_not_name_is_refused_and_check_says_so(
     assert told == [f"refused   {caught.value.detail} (policy in site.toml)"]
 
 
+def test_a_mechanism_that_nobody_knows_is_no_policy(tmp_path: Path) -> None:
+    folder = site_folder(tmp_path / "a", '[policy]\nmechanisms = ["dp-sgd"]\n')
+    with pytest.raises(SettingsError, match=r'policy\.mechanisms: unknown .* mean "dpsgd"'):
+        open_site(folder)
+
+
 def test_what_the_policy_names_is_answered(tmp_path: Path) -> None:
     fingerprint = open_site(site_folder(tmp_path / "b")).public.proxy.fingerprint
     policy = f'{POLICY}purposes = ["triage"]\nproxies = ["{fingerprint}"]\n'
@@ -607,6 +625,8 @@ def test_a_site_may_have_another_private_mechanism(tmp_path: Path) -> None:
         assert {entry.mechanism for entry in reserved} == {"gnmax"}
         assert ledger.spent(DELTA) <= 4.0
     assert Upload.from_bytes(told[-1]).epsilon == pytest.approx(spent(folder))
+    (line,) = [line for line in describe_site(folder) if line.startswith("privacy")]
+    assert line.startswith("privacy   gnmax: noisy votes")
 
 
 @pytest.mark.parametrize(

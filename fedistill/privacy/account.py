@@ -211,6 +211,16 @@ class Account:
         self.ledger.release(entry, digest)
         self._note("released", run=entry.run, round=entry.round, sha256=digest, bytes=len(upload))
 
+    def settle(self, run: str, number: int, upload: bytes) -> None:
+        """Release the answer of a round, where it was paid for and that was not done yet.
+
+        Raises:
+            LedgerError: it cannot be noted; nothing leaves.
+        """
+        entry = self._unreleased(run, number)
+        if entry is not None and self.ledger.released(run, number) is None:
+            self.release(entry, upload)
+
     def released(self, run: str, number: int) -> bytes | None:
         """What was released for a round before, to be sent again; None if nothing was.
 

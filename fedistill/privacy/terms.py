@@ -100,7 +100,7 @@ def terms_of(
         unit=how.unit,
         epsilon=min(how.epsilon, policy.epsilon or how.epsilon),
         delta=delta,
-        rounds=min(how.rounds or rounds, rounds),
+        rounds=how.rounds or rounds,
         sigma=how.sigma,
         purpose=how.purpose,
     )

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedistill.log import read_events
 from fedistill.privacy import disclosure
 from fedistill.report import shared, words
 from fedistill.report.charts import NARROW, Figure
 from fedistill.report.folder import Point, Run
 from fedistill.report.svg import Series, line_chart
 from fedistill.report.words import clean, number
+from fedistill.runs import EVENTS
 from fedistill.store import write_atomic
 
 MOST_SITES = 500
@@ -28,6 +30,8 @@ MOST_LINES = 6
 LONGEST_NAME = 24
 EMPTY = {"", " ", words.MISSING}
 AUDIT = "audit.json"
+MOST_EVENTS = 5000
+"""Of the log of a run, the newest are looked at."""
 EXHAUSTED = "budget_exhausted"
 
 Pairs = list[tuple[str, str]]
@@ -100,6 +104,13 @@ def dropped(run: Run) -> list[str]:
     """Sites that were dropped from a round because their budget is spent."""
     tables = [row["dropped"] for row in run.rounds if isinstance(row.get("dropped"), Mapping)]
     found = [name for table in tables for name, code in table.items() if code == EXHAUSTED]
+    # The round in which a run gives up has no row, but an event for every site that was asked.
+    told = read_events(run.path / EVENTS, last=MOST_EVENTS)
+    found += [
+        entry.get("site", "")
+        for entry in told
+        if (entry["event"], entry.get("reason")) == ("dropped", EXHAUSTED)
+    ]
     return list(dict.fromkeys(map(str, found)))
 
 

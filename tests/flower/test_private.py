@@ -190,7 +190,8 @@ def test_private_sites_over_the_grid_stop_one_by_one_and_the_run_ends_with_code_
         with ledger_in(state_of(folder, site)) as ledger:
             assert ledger.spent(DELTA) <= limit
     assert told(folder / "run")["status"] == "failed:budget"
-    assert "budget" in (folder / "run" / "report.html").read_text()
+    found = json.loads((folder / "run" / "disclosure.json").read_text())
+    assert {name for name, one in found["sites"].items() if one["exhausted"]} == set(SITES)
 
 
 def test_a_site_whose_ledger_is_gone_says_ledger_and_the_others_go_on(
