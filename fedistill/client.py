@@ -263,7 +263,8 @@ class Site(Kept):
     def _left(self, plan: Plan) -> int:
         """Rounds in which the present rows may still be trained on, this one included."""
         assert self.account is not None
-        number = plan.round - plan.extra
+        # What the server counts as extra rounds does not make more private ones than were agreed.
+        number = max(plan.round - plan.extra, self.account.rounds_before(plan.run, plan.round) + 1)
         left = 0 if plan.consolidate else max(self.account.terms.rounds - number + 1, 0)
         until = getattr(self.client.course, "left", None)
         if until is None or getattr(self.learner, "replay", None) is not None:

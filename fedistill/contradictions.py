@@ -299,6 +299,12 @@ def _central_contradictions(
         yield problem(
             "method.rule", f'central-gauss is noise on the mean, found "{settings.method.rule}"'
         )
+    if settings.method.student_rule is not None:
+        yield problem(
+            "method.student_rule",
+            f"central-gauss teaches the student from the same noisy mean, found "
+            f'"{settings.method.student_rule}": leave it out',
+        )
 
 
 MOST_ALONE = 100

@@ -373,7 +373,8 @@ def own_rows(
         if data.test:
             parts = rows, public.own(data.test, data)
         else:  # divided first: nobody's rows change sides because another's are left out
-            parts = split(rows, data, agreed.seed, settings.id)
+            private = (settings.mechanism or agreed.privacy.mechanism) in PRIVATE
+            parts = split(rows, data, agreed.seed, settings.id, alone=private)
     train, test = (without_erased(part, Path(STATE)) for part in parts)
     if kept is not None and found is None:
         _remember(kept, train, test)

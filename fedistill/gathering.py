@@ -11,7 +11,7 @@ from fedistill.course import Timetable
 from fedistill.errors import DataError
 from fedistill.exchange import EXCHANGES
 from fedistill.members import Client, Member
-from fedistill.types import ProxySet, Rows
+from fedistill.types import ProxySet, Rows, joined_records
 from fedistill.wire.messages import bucket
 
 
@@ -91,6 +91,7 @@ def pooled(clients: Sequence[Client]) -> list[Client]:
             np.concatenate([rows.inputs for rows in parts]),
             np.concatenate([rows.labels for rows in parts]),
             subject=_whose(parts),
+            record=joined_records(parts),
         )
         for parts in zip(*met, strict=True)
     )

@@ -122,12 +122,28 @@ class Kept:
         if self.runs is not None:
             if not re.fullmatch(CLIENT_ID, plan.run):
                 raise Rejected("run", "the name of the run cannot be that of a folder")
+            self._expect_all()
             if self.run not in {"", plan.run}:
                 self.learner.load_state_dict(self.untaught, self.data)
                 self._begin()
             self.path = self.runs / plan.run / "state"
             self._never_back(plan)
         return self.restore(plan.run, plan.round)
+
+    def _expect_all(self) -> None:
+        """Refuse a ledger that is behind what any run, or the audit log, saw of it.
+
+        A run that is new brings no receipt, and whoever names it chooses when it is new.
+
+        Raises:
+            LedgerError: it was rolled back, replaced or deleted.
+        """
+        if self.account is None or self.runs is None:
+            return
+        self.account.expect_log()
+        for state in sorted(self.runs.glob("*/state")):
+            told = store.load_state(state)[1].get("privacy", {})
+            self.account.expect(told.get("head", ""))
 
     def _never_back(self, plan: Plan) -> None:
         """A real site does not train from an older state because the server says an older round.
@@ -171,7 +187,7 @@ class Kept:
             facts["alarm"] = self.alarm
         if self.account is not None:
             facts["privacy"] = self.account.facts()
-        store.save_state(self.path, arrays, facts)
+        store.save_state(self.path, arrays, facts, own=True)
 
     def erase(self, subject: object) -> ErasureReceipt:
         """Forget a person's remembered rows, here and on disk, and let none of them in again.

@@ -60,6 +60,6 @@ def rewrite(
             place.unlink()
             removed.append(place)
         else:
-            store.write_atomic(place, store.state_bytes(*change(content)))
+            store.write_atomic(place, store.state_bytes(*change(content)), own=True)
             written.append(place)
     return written, removed

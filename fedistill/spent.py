@@ -45,10 +45,11 @@ def keep_account(server: Server, how: PrivacySettings, rounds: int, folder: Path
     Raises:
         FedistillError: too few clients, or another rule than the mean.
     """
-    if server.method.rule != "mean":
+    if server.method.rule != "mean" or server.student_rule is not None:
+        found = server.method.student_rule or server.method.rule
         raise FedistillError(
-            f'central-gauss is noise on the mean, found the rule "{server.method.rule}": set '
-            'method.rule = "mean"'
+            f'central-gauss is noise on the mean, for all who learn, found the rule "{found}": '
+            'set method.rule = "mean", and no method.student_rule'
         )
     server.rule = CentralNoise(tuple(server.enrolled))
     terms = terms_of(how, rounds, len(server.enrolled), mechanism="central-gauss")

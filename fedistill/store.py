@@ -32,8 +32,16 @@ GROWS = ("optimizer.", "guide.")
 """Names of what a learner has only after its first step: a fresh one cannot list them."""
 
 
-def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> None:
+def write_atomic(
+    path: Path, data: bytes, *, keep_previous: bool = False, own: bool = False
+) -> None:
     """Replace a file in one step: a reader, or a crash, sees the old content or the new one.
+
+    Args:
+        path: of the file.
+        data: its content.
+        keep_previous: keep the generation before it.
+        own: for its owner's eyes alone.
 
     Raises:
         RunError: the disk is full or the folder cannot be written; the old file is untouched.
@@ -42,6 +50,8 @@ def write_atomic(path: Path, data: bytes, *, keep_previous: bool = False) -> Non
     link = path.with_name(f".{path.name}.{os.getpid()}.link")
     try:
         with temporary.open("wb") as file:
+            if own:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -144,9 +154,16 @@ def _cannot_write(path: Path, error: OSError) -> RunError:
     return RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out")
 
 
-def save_state(path: Path, arrays: State, meta: Mapping[str, Any]) -> None:
-    """Write named arrays and JSON-able facts as the newest generation of ``path``."""
-    write_atomic(path, state_bytes(arrays, meta), keep_previous=True)
+def save_state(path: Path, arrays: State, meta: Mapping[str, Any], *, own: bool = False) -> None:
+    """Write named arrays and JSON-able facts as the newest generation of ``path``.
+
+    Args:
+        path: of the state.
+        arrays: named.
+        meta: facts.
+        own: for its owner's eyes alone: it may hold rows.
+    """
+    write_atomic(path, state_bytes(arrays, meta), keep_previous=True, own=own)
 
 
 def state_bytes(arrays: State, meta: Mapping[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -33,6 +33,8 @@ class Rows:
         ids: ``[n]`` int64 row numbers in the source, to prove that no row is used twice.
         site: ``[n]`` strings, the value of the site column, where the source has one.
         subject: ``[n]`` strings, whose row it is, where the source says so; ``""`` is nobody.
+        record: ``[n]`` digests of the records as they were read, which a privacy ledger knows
+            them by, however they are scaled since; ``b""`` where that is not known.
     """
 
     inputs: FloatArray
@@ -40,6 +42,7 @@ class Rows:
     ids: IntArray | None = None
     site: npt.NDArray[np.str_] | None = None
     subject: npt.NDArray[np.str_] | None = None
+    record: npt.NDArray[np.bytes_] | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -76,7 +79,22 @@ class Rows:
             ids=None if self.ids is None else self.ids[index],
             site=None if self.site is None else self.site[index],
             subject=None if self.subject is None else self.subject[index],
+            record=None if self.record is None else self.record[index],
         )
+
+
+def joined_records(parts: Sequence[Rows]) -> npt.NDArray[np.bytes_] | None:
+    """``record`` of all parts below each other, ``b""`` where a part has none; None: nobody has.
+
+    A part without must not cost the others theirs: a ledger would take them for new ones.
+    """
+    known = [rows.record for rows in parts if rows.record is not None]
+    if not known:
+        return None
+    width = known[0].dtype
+    return np.concatenate(
+        [np.zeros(len(rows), dtype=width) if rows.record is None else rows.record for rows in parts]
+    )
 
 
 @dataclass(frozen=True, eq=False)

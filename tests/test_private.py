@@ -272,6 +272,19 @@ def test_noise_at_the_server_needs_many_clients_and_is_charged_once_a_round() ->
     assert (told["unit"], told["relation"]) == ("client", "replace-one")
 
 
+def test_the_student_of_a_trusted_server_learns_from_the_noisy_mean_alone() -> None:
+    how = fd.Privacy(mechanism="central-gauss", epsilon=5.0)
+    many = [
+        Client(f"c{k:03}", partial(models.Linear, INPUTS, 3), gaussian(6, k)) for k in range(100)
+    ]
+    exact = method("ds-fl", rule="mean", student_rule="median")
+    with pytest.raises(FedistillError, match="student_rule"):
+        list(federation(many, privacy=how, classes=CLASSES, method=exact).run(1))
+    changes = ["clients.count=100", "method.student_rule=mean"]
+    with pytest.raises(SettingsError, match="noisy mean"):
+        config.parse('[privacy]\nmechanism = "central-gauss"\n', changes)
+
+
 def test_what_privacy_costs_is_shown_beside(tmp_path: Path) -> None:
     more = PRIVATE + "[evaluation]\nwithout_privacy = true\n"
     settings = builders.write_settings(tmp_path, rounds=2, more=more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,9 +22,17 @@ from builders import MEAN, gaussian, proxy, reseal
 
 from fedistill import config, deployment
 from fedistill.client import Site
+from fedistill.data.site import split
 from fedistill.deployment import Workplace, open_site
 from fedistill.distill.torch_student import TorchStudent
-from fedistill.errors import BudgetExceeded, FedistillError, LedgerError, Rejected, SettingsError
+from fedistill.errors import (
+    BudgetExceeded,
+    DataError,
+    FedistillError,
+    LedgerError,
+    Rejected,
+    SettingsError,
+)
 from fedistill.plan import describe_site
 from fedistill.privacy import audit_log
 from fedistill.privacy.account import RELEASES, Account
@@ -77,7 +86,7 @@ def site_folder(folder: Path, extra: str = "", first: str = "", name: str = "a")
     np.savez(folder / "rows.npz", inputs=rows.inputs, labels=rows.labels)
     (folder / "federation.toml").write_text(FEDERATION)
     (folder / "site.toml").write_text(
-        f'id = "{name}"\n{first}\n[data]\nsource = "npz:rows.npz"\npath = "."\ntest_rows = 4\n'
+        f'id = "{name}"\n{first}\n[data]\nsource = "npz:rows.npz"\npath = "."\ntest_rows = 0.2\n'
         f"{extra}"
     )
     return folder
@@ -172,7 +181,10 @@ def test_what_a_private_site_keeps_is_for_its_owner_alone(folder: Path) -> None:
     state = folder / "state"
     names = {path.name for path in state.iterdir()}
     assert {LEDGER, "ledger.key", RELEASES, audit_log.NAME, "runs"} <= names
-    for path in (state / LEDGER, state / "ledger.key"):
+    own = [state / LEDGER, state / "ledger.key", *(state / RELEASES).iterdir()]
+    own += (state / "runs").glob("*/state")
+    assert len(own) == 4
+    for path in own:
         assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -687,3 +699,67 @@ def test_two_open_sites_of_one_folder_see_one_anothers_charges(folder: Path) -> 
     two.answer(second)
     assert len({account.spent() for account in accounts([one, two])}) == 1
     assert kinds(folder) == ["reserve 1", "release 1", "reserve 2", "release 2"]
+
+
+# --- what a server, or a restored backup, cannot do -----------------------------------------------
+
+
+def test_a_ledger_that_was_rolled_back_is_refused_by_a_new_run_too(folder: Path) -> None:
+    """A new run brings no receipt, and the server chooses when a run is new."""
+    change(folder, "federation.toml", "epsilon = 4", "epsilon = 40")
+    first = plans(folder)
+    answer(folder, first[0])
+    backup = (folder / "state" / LEDGER).read_bytes()
+    answer(folder, first[1])
+    (folder / "state" / LEDGER).write_bytes(backup)
+    with pytest.raises(LedgerError, match="found it gone"):
+        answer(folder, plans(folder)[0])
+    for path in (folder / "state").glob(f"{LEDGER}*"):
+        path.unlink()
+    with pytest.raises(LedgerError, match="found it gone"):
+        answer(folder, plans(folder)[0])
+
+
+def test_the_audit_log_alone_remembers_a_ledger_that_is_gone(folder: Path) -> None:
+    answer(folder, plans(folder)[0])
+    for path in (folder / "state" / "runs").glob("*/state*"):
+        path.unlink()
+    for path in (folder / "state").glob(f"{LEDGER}*"):
+        path.unlink()
+    with pytest.raises(LedgerError, match="found it gone"):
+        answer(folder, plans(folder)[0])
+
+
+def test_extra_rounds_of_the_servers_counting_make_no_more_private_ones(
+    folder: Path, fits: list[int]
+) -> None:
+    change(folder, "federation.toml", "steps = 2", "steps = 2\nrounds = 2")
+    for number, message in enumerate(plans(folder, 8), start=1):
+        shifted = Plan.from_bytes(message)
+        answer(folder, dataclasses.replace(shifted, extra=number - 1).to_bytes())
+    assert len(fits) == 8
+    assert kinds(folder) == [f"{kind} {n}" for n in (1, 2) for kind in ("reserve", "release")]
+
+
+@pytest.mark.parametrize("whose", [None, "person"])
+def test_one_record_decides_about_no_other_when_test_rows_are_held_out(whose: str | None) -> None:
+    rows = gaussian(120, 3)
+    names = np.array([f"{whose}-{row // 3}" for row in range(120)]) if whose else None
+    rows = dataclasses.replace(rows, subject=names)
+    settings = config.DataSettings(test_rows=0.2)
+    train, held = split(rows, settings, 3, "a", alone=True)
+    assert len(train) + len(held) == 120
+    assert 8 <= len(held) <= 42
+    for left_out in range(0, 120, 7):
+        rest = rows.take(np.delete(np.arange(120), left_out))
+        again, _ = split(rest, settings, 3, "a", alone=True)
+        known = {row.tobytes() for row in train.inputs}
+        assert {row.tobytes() for row in again.inputs} == known - {rows.inputs[left_out].tobytes()}
+    if train.subject is not None and held.subject is not None:
+        assert not set(train.subject) & set(held.subject)  # a person is on one side
+
+
+def test_a_number_of_test_rows_would_let_one_row_decide_about_another(folder: Path) -> None:
+    change(folder, "site.toml", "test_rows = 0.2", "test_rows = 4")
+    with pytest.raises(DataError, match="a share below 1 where rows are private"):
+        open_site(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedistill.config import DataSettings
 from fedistill.data.files import find_files, read_bytes, short_names
+from fedistill.data.records import of_cells
 from fedistill.data.table import Query, Table
 from fedistill.data.tabular import Frame, assemble
 from fedistill.errors import DataError
@@ -59,10 +60,10 @@ def read_frame(places: list[Path], query: Query) -> Frame:
         return f"{place}, line {number}"
 
     empty = {"", *settings.missing.split()}
-    columns = tuple(
-        [None if cell in empty else cell for cell in column] for column in zip(*rows, strict=True)
-    )
-    return Frame(f"csv:{query.name}", names or (), columns, where, {"file": files})
+    cells = list(zip(*rows, strict=True))
+    columns = tuple([None if cell in empty else cell for cell in column] for column in cells)
+    known = of_cells(names or (), cells) if cells else None
+    return Frame(f"csv:{query.name}", names or (), columns, where, {"file": files}, records=known)
 
 
 def read_lines(place: Path, settings: DataSettings) -> Numbered:

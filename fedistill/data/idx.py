@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fedistill.data.files import find_file, read_bytes
 from fedistill.data.labels import number_labels
+from fedistill.data.records import of_arrays
 from fedistill.data.table import Query, Table
 from fedistill.errors import DataError
 
@@ -35,7 +36,8 @@ def read_idx(query: Query) -> Table:
     labels, classes = number_labels(
         raw, lambda row: f"{labels_at}, row {row}", query.settings.positive_above
     )
-    return Table(name, inputs, labels, classes, kind="image", auto="centred")
+    known = of_arrays(images, raw)
+    return Table(name, inputs, labels, classes, kind="image", auto="centred", records=known)
 
 
 def parse_idx(content: bytes, dimensions: int, place: Path) -> npt.NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from fedistill.data.files import find_file
 from fedistill.data.labels import number_labels
+from fedistill.data.records import of_arrays
 from fedistill.data.table import Query, Table
 from fedistill.errors import DataError
 
@@ -58,7 +59,8 @@ def read_npz(query: Query) -> Table:
     labels, classes = number_labels(
         found, lambda row: f"{place}, row {row}", query.settings.positive_above
     )
-    return Table(source, inputs, labels, classes, kind=kind, auto=auto)
+    known = of_arrays(raw, found)
+    return Table(source, inputs, labels, classes, kind=kind, auto=auto, records=known)
 
 
 def load_arrays(place: Path, wanted: list[str] | None = None) -> Arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from fedistill.data.extras import optional
 from fedistill.data.files import find_files
 from fedistill.data.images import decode_images
+from fedistill.data.records import of_bytes, of_cells
 from fedistill.data.table import Query, Table
 from fedistill.data.tabular import (
     Column,
@@ -81,6 +83,7 @@ def from_arrow(table: Any, source: str, query: Query, names: tuple[str, ...] = (
         ),
         where,
         classes=names or class_names(table.schema, query.settings.label),
+        records=of_cells(columns, [as_read(arrow, table, name) for name in columns]),
     )
     if image is None:
         return assemble(frame, query)
@@ -95,6 +98,7 @@ def from_arrow(table: Any, source: str, query: Query, names: tuple[str, ...] = (
         auto="centred",
         columns=sites(frame, query),
         subjects=subjects(frame, query),
+        records=frame.records,
     )
 
 
@@ -116,6 +120,17 @@ def pictures(column: Any) -> Iterator[bytes | None]:
             yield Path(value["path"]).read_bytes()
         else:
             yield value["bytes"]
+
+
+def as_read(arrow: Any, table: Any, name: str) -> list[Any]:
+    """The cells of one Arrow column, of any type, for the digests of the rows."""
+    column = table.column(name)
+    if is_image(arrow, table, name):
+        return [of_bytes(picture) for picture in pictures(column)]
+    if arrow.types.is_temporal(column.type):  # as texts: no Python type has nanoseconds
+        with contextlib.suppress(arrow.ArrowException):
+            column = column.cast(arrow.string())
+    return list(column.to_pylist())
 
 
 def to_column(arrow: Any, table: Any, name: str, *, whole: bool = False) -> Column:

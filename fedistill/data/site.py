@@ -7,6 +7,7 @@ site derives the same numbers from them; the fingerprint of what comes out prove
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -113,14 +114,49 @@ def read_public(
     return Public(table, scaler, rows)
 
 
-def split(rows: Rows, data: DataSettings, seed: int, name: str) -> tuple[Rows, Rows]:
-    """Own rows to train on, and own rows to test on, stratified by class."""
+def split(
+    rows: Rows, data: DataSettings, seed: int, name: str, *, alone: bool = False
+) -> tuple[Rows, Rows]:
+    """Own rows to train on, and own rows to test on, stratified by class.
+
+    Args:
+        rows: all of them.
+        data: how many are held out.
+        seed: of the draw.
+        name: of the site.
+        alone: each row (or person) goes where a coin of its own says. A stratified draw lets one
+            row more move others from one side to the other, and no privacy account covers that.
+
+    Raises:
+        DataError: a number of rows where each goes by its own coin, which knows only shares.
+    """
     if not len(rows):
         return rows, rows
+    if alone:
+        if data.test_rows >= 1:
+            raise DataError(
+                f"data.test_rows: expected a share below 1 where rows are private, found "
+                f"{data.test_rows}: a number would let one row decide about another; set a share, "
+                "or name a file of test rows as data.test"
+            )
+        held = _coins(rows, f"{seed}/{name}/test") < data.test_rows
+        return rows.take(np.flatnonzero(~held)), rows.take(np.flatnonzero(held))
     count = count_of(data.test_rows, len(rows), "data.test_rows")
-    held: IntArray = stratified(rows.labels, count, generator(seed, "test", name))
-    rest = np.setdiff1d(np.arange(len(rows), dtype=np.int64), held)
-    return rows.take(rest), rows.take(np.sort(held))
+    chosen: IntArray = stratified(rows.labels, count, generator(seed, "test", name))
+    rest = np.setdiff1d(np.arange(len(rows), dtype=np.int64), chosen)
+    return rows.take(rest), rows.take(np.sort(chosen))
+
+
+def _coins(rows: Rows, salt: str) -> FloatArray:
+    """A number from 0 to 1 for each row ``[n]``, of its content (or whose it is) alone."""
+
+    def coin(row: int) -> float:
+        subject = "" if rows.subject is None else str(rows.subject[row])
+        own = subject.encode() or rows.inputs[row].tobytes() + bytes([int(rows.labels[row]) % 256])
+        digest = hashlib.sha256(salt.encode() + b"\0" + own).digest()
+        return int.from_bytes(digest[:8], "big") / (1 << 64)
+
+    return np.array([coin(row) for row in range(len(rows))])
 
 
 def _numbered(table: Table, classes: tuple[str, ...]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from fedistill.config import DataSettings
 from fedistill.data.builtin import read_breast_cancer, read_digits
@@ -11,6 +12,7 @@ from fedistill.data.idx import read_idx
 from fedistill.data.npz import read_npz
 from fedistill.data.online import read_hf, read_openml
 from fedistill.data.parquet import read_parquet
+from fedistill.data.records import of_arrays
 from fedistill.data.sessions import read_sessions
 from fedistill.data.table import Query, Table
 from fedistill.errors import DataError, did_you_mean
@@ -60,6 +62,8 @@ def read(
         raise DataError(f'data source: expected {wanted}, found "{source}": write it so')
     owned = labelled if owned is None else owned
     table = SOURCES[prefix](Query(name, settings, column, labelled, owned))
+    if labelled and table.records is None:
+        table = replace(table, records=of_arrays(table.inputs, table.labels))
     if owned and settings.subject and table.subjects is None:
         raise DataError(
             f'{source}: expected a column "{settings.subject}" (data.subject) that says whose row '

@@ -17,7 +17,7 @@ from fedistill.data.shifts import SHIFTS, Shift
 from fedistill.errors import DataError, did_you_mean
 from fedistill.seeding import derive, generator
 from fedistill.settings import StreamSettings
-from fedistill.types import Rows
+from fedistill.types import Rows, joined_records
 
 __all__ = ["SHIFTS", "Experience", "Stream", "experiences", "gradual", "recurring", "streams"]
 
@@ -315,4 +315,5 @@ def _joined(parts: Sequence[Rows]) -> Rows:
         for name in ("ids", "site", "subject")
     }
     inputs = np.concatenate([part.inputs for part in parts])
-    return Rows(inputs, np.concatenate([part.labels for part in parts]), **held)
+    labels = np.concatenate([part.labels for part in parts])
+    return Rows(inputs, labels, **held, record=joined_records(parts))

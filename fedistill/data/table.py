@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedistill.config import DataSettings
+from fedistill.data.records import Records
 from fedistill.errors import DataError
 from fedistill.types import FloatArray, IntArray, Rows
 
@@ -48,6 +49,7 @@ class Table:
         features: names of the columns of a table, "column=value" for one of few texts.
         columns: the requested site column, by name.
         subjects: ``[n]`` whose row it is; None where the source does not say.
+        records: ``[n]`` digests of the records (:mod:`fedistill.data.records`).
     """
 
     name: str
@@ -59,6 +61,7 @@ class Table:
     features: tuple[str, ...] = ()
     columns: Mapping[str, Texts] = field(default_factory=dict)
     subjects: Texts | None = None
+    records: Records | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,7 +76,7 @@ def rows_of(table: Table, column: str = "") -> Rows:
         )
     ids = np.arange(len(table), dtype=np.int64)
     site = table.columns[column] if column else None
-    return Rows(table.inputs, table.labels, ids, site, table.subjects)
+    return Rows(table.inputs, table.labels, ids, site, table.subjects, table.records)
 
 
 def align(table: Table, like: Table) -> Table:

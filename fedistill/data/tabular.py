@@ -17,6 +17,7 @@ from fedistill.data.labels import (
     number_text,
     value_labels,
 )
+from fedistill.data.records import Records, of_cells
 from fedistill.data.table import Query, Table, Texts
 from fedistill.errors import DataError, did_you_mean
 from fedistill.types import FloatArray
@@ -40,6 +41,7 @@ class Frame:
         where: from a row number to words, for messages.
         extras: columns that are never features, such as the file's name.
         classes: the class names behind label numbers, where the source knows them.
+        records: ``[n]`` digests of the rows; None: the columns are all that was read.
     """
 
     source: str
@@ -48,6 +50,7 @@ class Frame:
     where: Where
     extras: Mapping[str, Sequence[str]] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    records: Records | None = None
 
     def __len__(self) -> int:
         return len(self.columns[0]) if self.columns else 0
@@ -87,6 +90,7 @@ def assemble(frame: Frame, query: Query) -> Table:
         features=features,
         columns=sites(frame, query),
         subjects=subjects(frame, query),
+        records=of_cells(frame.names, frame.columns) if frame.records is None else frame.records,
     )
 
 

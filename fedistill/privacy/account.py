@@ -98,6 +98,20 @@ class Account:
                 "with `fedistill ledger acknowledge-loss`"
             )
 
+    def expect_log(self) -> None:
+        """Refuse a ledger that does not hold the last row that the audit log tells of.
+
+        Raises:
+            LedgerError: as :meth:`expect`.
+        """
+        if self.log is not None:
+            heads = [str(entry["ledger"]) for entry in self.log_entries() if "ledger" in entry]
+            self.expect(heads[-1] if heads else "")
+
+    def log_entries(self) -> tuple[audit_log.Entry, ...]:
+        """The last entries of the audit log."""
+        return () if self.log is None else audit_log.entries(self.log.path)
+
     # --- a step --------------------------------------------------------------------------------
 
     def pay(self, step: Step, learner: Private, rows: Rows) -> Entry | None:
@@ -113,6 +127,8 @@ class Account:
         if not quote(1.0):
             return None
         units = learner.units(rows)
+        if not units:
+            return None
         if self.run != step.run:
             self._note(
                 "run_begun",
@@ -248,6 +264,11 @@ class Account:
         self._note("resent", run=run, round=number, sha256=digest)
         return upload
 
+    def rounds_before(self, run: str, number: int) -> int:
+        """Rounds of a run, other than this one, that were charged."""
+        charged = {e.round for e in self.ledger.entries() if e.kind == "reserve" and e.run == run}
+        return len(charged - {number})
+
     def _unreleased(self, run: str, number: int) -> Entry | None:
         """The last reservation for a round of which nothing was released yet."""
         found = [e for e in self.ledger.unreleased() if (e.run, e.round) == (run, number)]
@@ -293,7 +314,7 @@ class Account:
             self._releases[run, number] = upload
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.write_atomic(path, upload)
+        store.write_atomic(path, upload, own=True)
 
     def _kept(self, run: str, number: int) -> bytes | None:
         path = self._path(run, number)

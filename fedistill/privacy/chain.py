@@ -67,7 +67,7 @@ class Entry:
         delta: its delta.
         splits: cohorts that were born here, and of which cohort ("": units not seen before).
         touched: keyed digest of the set of units.
-        members: digest of who is in which cohort, after this row.
+        members: digest of who is in which cohort, after this row, and of the key's mark.
         release_sha256: digest of what was released.
         heads: of a loss: last rows of the lost ledger, which others ask for.
         prev: hash of the row before, "" for the first.

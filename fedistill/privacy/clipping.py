@@ -39,9 +39,6 @@ GHOST_ROWS = 1024
 HOOKS_VALUES = 1 << 26
 """Values (a quarter of a GB) of all gradients that hooks hold at once, one for every row."""
 
-IN_A_ROW = 3
-"""So many steps without one finite gradient end the training (fault 52)."""
-
 
 def cross_entropy(module: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     """The loss of a student, ``[rows]``."""
@@ -120,7 +117,6 @@ class Clipper:
         self.module, self.loss, self.mode = module, loss, mode
         self.clip, self.sigma, self.expected, self.generator = clip, sigma, expected, generator
         self.unusable = 0
-        self._lost = 0
         self._rows = rows
         self.largest = largest or self._at_once()
         self._wrapped: Any = None
@@ -147,21 +143,20 @@ class Clipper:
 
         Raises:
             FedistillError: a weight takes no part in the loss, or the loss is of a wrong shape.
-            RunError: the third step in a row in which no gradient was finite.
+            RunError: the module's own weights are not finite.
         """
         self._robustly(drawn, take)
         if self._is_finite():
-            self._lost = 0 if len(drawn) else self._lost
             return
+        # Of weights everybody may know whether they are finite: noise is in them. How many rows
+        # have no finite gradient is nobody's business, and a step without any is noise alone.
+        if not all(bool(weight.isfinite().all()) for weight in self._weights()):
+            raise RunError(
+                "the weights are NaN or infinite: what was spent stays spent; lower privacy.lr"
+            )
         usable = drawn[self._usable(drawn, take)]
         self.unusable += len(drawn) - len(usable)
         self._robustly(usable, take)
-        self._lost = 0 if len(usable) else self._lost + 1
-        if self._lost == IN_A_ROW:
-            raise RunError(
-                f"no row had a finite gradient in {IN_A_ROW} noisy steps in a row: what was spent "
-                "stays spent; lower privacy.lr, or look for extreme values in the rows"
-            )
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -244,7 +239,7 @@ class Clipper:
                     raise
                 self.largest = min(self.largest, len(drawn)) // 2
                 self._reopen(self.mode)
-            except _NotGhostly:
+            except NotGhostly:
                 self._reopen("hooks")
 
     def _attempt(self, drawn: IntArray, take: Callable[[IntArray], Part]) -> None:
@@ -291,7 +286,7 @@ class Clipper:
         """Norms from the first pass, the clipped sum from the second (Li et al., 2110.05679)."""
         losses = self._losses(part)
         if losses.dim() == 0:
-            raise _NotGhostly
+            raise NotGhostly
         for weight in self._weights():
             weight.__dict__.pop("_norm_sample", None)
         _send_back(losses.sum(), again=True)
@@ -311,7 +306,7 @@ class Clipper:
             losses = self.loss(self._wrapped, inputs, labels)
         except NotImplementedError:  # a layer used twice
             if self.mode == "ghost":
-                raise _NotGhostly from None
+                raise NotGhostly from None
             raise
         scalar = losses.dim() == 0 and owner is None
         if not scalar and losses.shape != (len(inputs),):
@@ -326,7 +321,7 @@ class Clipper:
         for weight, label in self._named():
             found = weight.__dict__.get(name)
             if found is None and self.mode == "ghost":
-                raise _NotGhostly
+                raise NotGhostly
             if not isinstance(found, Tensor) or len(found) != rows:
                 raise FedistillError(
                     f"a private student needs a gradient of {label} for each row, and the loss "
@@ -373,7 +368,7 @@ class Clipper:
         return [(w, name) for name, w in self.module.named_parameters() if w.requires_grad]
 
 
-class _NotGhostly(Exception):
+class NotGhostly(Exception):
     """Ghost clipping would be wrong here: take hooks."""
 
 

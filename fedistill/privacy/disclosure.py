@@ -94,6 +94,11 @@ LABELS_OTHERWISE = "A site's mix of labels: what it shares depends on it."
 RECORDS = "Single records: nothing bounds what was shared tells about them."
 MEMBERSHIP = "That a site takes part, in which rounds, and about how many rows it has."
 SERVER = "Anything that a site says, against the server. How many sites there are."
+BOOKS = (
+    "What the account itself tells: ε so far, when a budget is spent, how much noise is planned. Where "
+    "rows come and go between steps, these depend on how often a row was there before. Who knows all "
+    "other rows can tell by them whether one recurs."
+)
 GROUPS = (
     "What is true of many rows together: a model is meant to learn it, and it may be used to guess "
     "about a person whose row was in nobody's data."
@@ -312,6 +317,7 @@ def not_protected(
     said += [SERVER if central else MEMBERSHIP, GROUPS]
     said += [*(f"Beside predictions: {sentence}" for sentence in shared)]
     said += [OUTSIDE] if private else []
+    said += [BOOKS] if private and not central else []
     return [*said, ROWS, *_texts(found.get("not_protected"))]
 
 

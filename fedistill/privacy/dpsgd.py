@@ -187,7 +187,7 @@ class PrivateStudent(TorchStudent):
 
         Raises:
             FedistillError: no allowance, or what :meth:`quote` raises.
-            RunError: no finite gradient in three steps in a row.
+            RunError: the weights are not finite any more.
         """
         sigma, self._sigma = self._sigma, None
         own = self._together(rows)

@@ -8,6 +8,7 @@ nothing; what they may miss is refused by name (:func:`refuse`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -20,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import seeded
 from fedistill.errors import FedistillError
-from fedistill.privacy.clipping import Clipper, RowLoss
+from fedistill.privacy.clipping import Clipper, NotGhostly, RowLoss, clipping_mode
 from fedistill.privacy.layers import hold_still
 from fedistill.seeding import generator
 from fedistill.types import IntArray
@@ -123,7 +124,9 @@ def sensitivity(
 ) -> float:
     """How far one row moves the sum of clipped gradients, at most, in units of ``clip``.
 
-    At most 1 for a loss that treats each row by itself.
+    At most 1 for a loss that treats each row by itself, clipped as training would clip it. Ghost
+    clipping measures gradients layer by layer; a weight that is used outside its layer (a penalty
+    on weights, a tied weight in a function) moves the sum and not that measure.
 
     Args:
         module: in training mode.
@@ -132,12 +135,25 @@ def sensitivity(
         labels: ``[rows]``.
         clip: largest norm of a row's gradient.
     """
+    worst = _moved(module, loss, inputs, labels, clip, "hooks")
+    if clipping_mode(module, "record") == "ghost":
+        with contextlib.suppress(NotGhostly):  # training takes hooks then, too
+            worst = max(worst, _moved(module, loss, inputs, labels, clip, "ghost"))
+    return worst
+
+
+def _moved(
+    module: nn.Module, loss: RowLoss, inputs: Tensor, labels: Tensor, clip: float, mode: str
+) -> float:
+    """As :func:`sensitivity`, in one mode of clipping."""
 
     def steep(net: nn.Module, some: Tensor, wanted: Tensor) -> Tensor:
         with seeded(0):
             return STEEP * loss(net, some, wanted)
 
-    with Clipper(module, steep, clip=clip, sigma=0.0, expected=1.0, generator=None) as clipper:
+    with Clipper(
+        module, steep, clip=clip, sigma=0.0, expected=1.0, generator=None, mode=mode
+    ) as clipper:
 
         def clipped(rows: IntArray) -> Tensor:
             index = torch.from_numpy(rows).to(inputs.device)

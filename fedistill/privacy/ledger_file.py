@@ -2,7 +2,8 @@
 
 Tables: ``entry``, rows of the chain, only ever appended; ``member``, who is in which cohort, under
 a keyed hash, with a digest in every row of the chain; ``known``, epsilons that were computed
-(:mod:`fedistill.privacy.known`); ``meta``, the version of these tables, and a mark of the key.
+(:mod:`fedistill.privacy.known`); ``meta``, the version of these tables, and a mark of the key. The
+digest of the members covers that mark: under another key all of them would be newcomers.
 """
 
 from __future__ import annotations
@@ -114,11 +115,12 @@ class LedgerFile:
                 f"{self.name} holds events that this version does not know: it needs a newer "
                 "fedistill"
             ) from None
-        noted = entries[-1].members if entries else _digest(())
+        noted = entries[-1].members if entries else self._digest(db, ())
         if noted != self.members_digest(db):
             raise LedgerError(
-                f"{self.name} was edited, who is in which cohort is not what row {len(entries)} "
-                f"says: nothing is released; restore it from a backup, and {ACKNOWLEDGE}"
+                f"{self.name} was edited, who is in which cohort, or under which key, is not what "
+                f"row {len(entries)} says: nothing is released; restore it and its key from a "
+                f"backup, and {ACKNOWLEDGE}"
             )
         return entries
 
@@ -136,10 +138,14 @@ class LedgerFile:
             return dict(self._opened().execute(f"SELECT unit, CAST({name} AS TEXT) FROM member"))
 
     def members_digest(self, db: sqlite3.Connection | None = None) -> str:
-        """SHA-256 of table ``member``."""
+        """SHA-256 of table ``member``, and of the mark of the key that its units stand under."""
+        db = db or self._opened()
         told = "SELECT quote(unit) || ' ' || quote(cohort) || ' ' || quote(erased) FROM member"
-        rows = (db or self._opened()).execute(f"{told} ORDER BY unit")
-        return _digest(str(row[0]) for row in rows)
+        return self._digest(db, (str(row[0]) for row in db.execute(f"{told} ORDER BY unit")))
+
+    def _digest(self, db: sqlite3.Connection, members: Iterable[str]) -> str:
+        mark = self._meta(db).get("key", "")  # in memory there is none
+        return hashlib.sha256("\n".join([mark, *members]).encode()).hexdigest()
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -341,10 +347,6 @@ def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
         yield
     finally:
         db.execute("ROLLBACK")
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _mark(key: bytes) -> str:

@@ -60,11 +60,11 @@ def noise_for(
 
     if before is not None and loss(past + forecast(before)) <= limit:
         return before
+    if not past:
+        return calibrate(forecast, past, limit, delta, relation)
     fresh = before
     if fresh is None:
         fresh = calibrate(forecast, Spending(), limit, delta, relation)
-    if not past:
-        return fresh
     most = fresh * (MOST_GROWTH if before is None else MAKES_UP)
     if loss(past + forecast(most)) > limit:
         raise BudgetExceeded(loss(past), loss(past + forecast(fresh)), limit)

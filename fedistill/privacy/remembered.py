@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from fedistill.errors import CheckpointError, DataError, FedistillError, Problem
 from fedistill.privacy import entropy
 from fedistill.privacy.sampling import names_of
 from fedistill.settings import ContinualSettings
-from fedistill.types import FloatArray, Rows, State
+from fedistill.types import FloatArray, Rows, State, joined_records
 
 OBJECTIVES = ("er", "fine-tune")
 
@@ -107,7 +109,7 @@ class PrivateMemory:
         if rows.subject is not None:
             gone = erasure.erased(rows.subject, self.tombstones)
             new = [number for number in new if not gone[number]]
-        arrived = Rows(rows.inputs[new], rows.labels[new], subject=_subjects(rows)[new])
+        arrived = replace(rows, ids=None, site=None, subject=_subjects(rows)).take(new)
         keys = entropy.numpy_generator().random(len(new))
         self._rows = arrived if held is None else _joined(held, arrived)
         self._keys = np.concatenate([self._keys, keys])
@@ -150,12 +152,14 @@ class PrivateMemory:
 
     def state_dict(self) -> State:
         """Rows, keys, counters and tombstones."""
-        state = {
+        state: dict[str, npt.NDArray[Any]] = {
             "counters": np.array([self.capacity, self.seen], dtype=np.int64),
             **erasure.stones_to_state(self.tombstones),
         }
         if self._rows is None or not len(self):
             return state
+        if self._rows.record is not None:
+            state["records"] = texts_to_numbers(self._rows.record.astype(np.str_))
         return state | {
             "inputs": np.array(self._rows.inputs),
             "labels": np.array(self._rows.labels),
@@ -175,9 +179,13 @@ class PrivateMemory:
             rows, keys = None, np.empty(0)
             if "keys" in state:
                 subjects = numbers_to_texts(state["subjects"])
-                rows = Rows(state["inputs"], state["labels"], subject=subjects)
+                record = None
+                if "records" in state:
+                    record = numbers_to_texts(state["records"]).astype(np.bytes_)
+                rows = Rows(state["inputs"], state["labels"], subject=subjects, record=record)
                 keys = np.array(state["keys"], dtype=np.float64)
-                if not len(keys) == len(rows) == len(subjects):
+                marks = subjects if record is None else record
+                if not len(keys) == len(rows) == len(subjects) == len(marks):
                     raise ValueError("columns of unequal length")
         except (KeyError, IndexError, ValueError, DataError) as problem:
             raise CheckpointError(
@@ -224,7 +232,7 @@ def private_memory(how: ContinualSettings) -> PrivateMemory | None:
 
 
 def _marks(rows: Rows, unit: str) -> list[bytes]:
-    """What a row is known again by: its content, for users with its owner."""
+    """What a row is known again by: the record that it is, for users with its owner."""
     records = names_of(rows, "record")
     if unit == "record":
         return records
@@ -242,4 +250,5 @@ def _joined(first: Rows, second: Rows) -> Rows:
         np.concatenate([part.inputs for part in parts]),
         np.concatenate([part.labels for part in parts]),
         subject=np.concatenate([_subjects(part) for part in parts]) if known else None,
+        record=joined_records(parts),
     )

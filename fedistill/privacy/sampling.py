@@ -40,7 +40,8 @@ class Units:
 def units_of(rows: Rows, unit: str) -> Units:
     """The units of these rows.
 
-    A unit is a record (its values and label), or a user: the subject with all of its rows. A row
+    A unit is a record (what was read of it, or its values and label where that is not known), or
+    a user: the subject with all of its rows. A row
     whose subject is ``""`` is nobody's, and a unit of its own.
 
     Args:
@@ -69,6 +70,10 @@ def units_of(rows: Rows, unit: str) -> Units:
 def names_of(rows: Rows, unit: str) -> list[bytes]:
     """The digest of each row's unit, one a row: equal for rows of one unit.
 
+    A record is known by what was read (``rows.record``). Its inputs are scaled by public rows, and
+    with other ones they would be those of a stranger. Rows that were made in memory have no more
+    than their inputs and label: keep these as they are for as long as a ledger counts.
+
     Raises:
         FedistillError: as :func:`units_of`.
     """
@@ -77,13 +82,11 @@ def names_of(rows: Rows, unit: str) -> list[bytes]:
             'privacy.unit = "user" needs to know whose each row is, and these rows do not say it: '
             'name the column in data.subject, or protect single records with unit = "record"'
         )
-    inputs = np.ascontiguousarray(rows.inputs) + np.float32(0.0)  # -0.0 and 0.0 are one value
-    labels = rows.labels.astype("<i8")
     owners = rows.subject if unit == "user" else None
     return [
         _digest("user", str(owners[row]).encode())
         if owners is not None and owners[row]
-        else _digest("record", inputs[row].tobytes() + labels[row].tobytes())
+        else _record(rows, row)
         for row in range(len(rows))
     ]
 
@@ -93,6 +96,13 @@ def poisson(units: int, rate: float, generator: torch.Generator) -> IntArray:
     coins = torch.rand(units, dtype=torch.float64, generator=generator)
     drawn: IntArray = np.flatnonzero((coins < rate).numpy())
     return drawn
+
+
+def _record(rows: Rows, row: int) -> bytes:
+    if rows.record is not None and rows.record[row]:
+        return _digest("read", bytes(rows.record[row]))
+    values = rows.inputs[row] + np.float32(0.0)  # -0.0 and 0.0 are one value
+    return _digest("record", values.tobytes() + rows.labels[row].astype("<i8").tobytes())
 
 
 def _digest(kind: str, content: bytes) -> bytes:

@@ -86,8 +86,10 @@ def terms_of(
         SettingsError: delta is no smaller than one of the units: it would permit publishing one.
     """
     policy = policy or PolicySettings()
-    delta = min(SMALLEST_DELTA, 1 / (10 * max(units, 1))) if how.delta is None else how.delta
-    delta = min(delta, policy.delta or delta)
+    # By the next power of two: epsilon is told, and would tell the exact number.
+    rounded = 1 << max(units - 1, 0).bit_length()
+    delta = min(SMALLEST_DELTA, 1 / (10 * rounded)) if how.delta is None else how.delta
+    delta = min(delta, policy.delta or (SMALLEST_DELTA if policy.epsilon else delta))
     if units and delta >= 1 / units:
         text = (
             f"expected less than 1 / {units}, a client's number of {how.unit}s, found {delta:g}: "

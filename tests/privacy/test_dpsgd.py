@@ -132,11 +132,11 @@ def test_noise_that_cannot_be(sigma):
 
 def test_a_failed_fit_used_its_allowance_up():
     def broken(net, inputs, labels):
-        return cross_entropy(net, inputs, labels) * np.nan
+        raise RunError("the disk is full")
 
     learner = student(privacy={"sample_rate": 1.0, "steps": 4})
     learner.loss = broken
-    with pytest.raises(RunError, match="3 noisy steps in a row"):
+    with pytest.raises(RunError, match="disk"):
         fitted(learner)
     with pytest.raises(FedistillError, match="no allowance"):
         learner.fit(ROWS, seed=1)

@@ -254,3 +254,30 @@ def test_recipes():
     for wrong in (Recipe(calibrate=True), Recipe(familiarity=True)):
         with pytest.raises(FedistillError, match="cannot be private"):
             refuse(wrong)
+
+
+# --- weights used outside of their layers ---------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    """A layer whose weight is also used by a function, where no hook of the layer sees it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(20, 20)
+        self.head = torch.nn.Linear(20, 5)
+
+    def forward(self, inputs):
+        hidden = torch.relu(self.layer(inputs))
+        return self.head(torch.nn.functional.linear(hidden, self.layer.weight))
+
+
+def penalised(net, inputs, labels):
+    weights = sum(weight.square().sum() for weight in net.parameters())
+    return torch.nn.functional.cross_entropy(net(inputs), labels, reduction="none") + 5 * weights
+
+
+@pytest.mark.parametrize(("build", "loss"), [(Tied, cross_entropy), (network, penalised)])
+def test_a_weight_used_outside_its_layer_escapes_ghost_clipping_and_is_refused(build, loss):
+    with pytest.raises(FedistillError, match="moves the sum of clipped gradients"):
+        check_loss(build, loss, *PRIVATE)

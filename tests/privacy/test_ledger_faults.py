@@ -143,7 +143,27 @@ def test_fault_38_a_row_that_was_put_in(path: Path) -> None:
 )
 def test_fault_38_who_is_in_a_cohort(path: Path, statement: str) -> None:
     edit(path, statement)
-    refused(path, "was edited, who is in which cohort is not what row 4 says")
+    refused(path, "was edited, who is in which cohort, .* is not what row 4 says")
+
+
+def exchange_key(path: Path) -> None:
+    """Another key, and its mark where that of the true one was."""
+    other = os.urandom(32)
+    path.with_suffix(".key").write_bytes(other)
+    edit(path, f"UPDATE meta SET value = '{ledger_file._mark(other)}' WHERE name = 'key'")
+
+
+def test_fault_38_another_key_under_which_everybody_is_a_newcomer(path: Path) -> None:
+    exchange_key(path)
+    refused(path, "was edited, who is in which cohort, or under which key, .* row 4 says")
+
+
+def test_fault_38_a_key_that_is_exchanged_while_the_ledger_is_open(path: Path) -> None:
+    ledger = Ledger(path)
+    reserve(ledger, 4)
+    exchange_key(path)
+    with pytest.raises(LedgerError, match="or under which key"):
+        reserve(ledger, 5)
 
 
 def test_fault_38_an_edit_is_seen_by_a_process_that_has_it_open(path: Path) -> None:

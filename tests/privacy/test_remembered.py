@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 
 from fedistill import models
+from fedistill.data.records import of_arrays
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import CheckpointError, FedistillError, SettingsError
 from fedistill.privacy import entropy
@@ -259,3 +261,42 @@ def test_a_student_forgets_persons_and_units():
     assert plain.forget([b"x"]) == 0
     with pytest.raises(FedistillError, match="nothing to erase"):
         plain.erase("a")
+
+
+# --- records that were read ---------------------------------------------------------------------
+
+
+def read(*values, scale=1.0, **changes):
+    """Rows that were read as these values, and scaled since."""
+    found = rows(*(scale * value for value in values), **changes)
+    return replace(found, record=of_arrays(np.array(values)))
+
+
+def test_a_remembered_record_is_known_again_once_it_is_scaled_otherwise():
+    memory = filled(10, read(1, 2, 3))
+    together = memory.beside(read(2, 4, scale=0.5), "record")
+    assert sorted(together.inputs[:, 0]) == [1, 1, 2, 3]  # 2 is now 1, and is there once
+    assert len(units_of(together, "record")) == 4
+    memory.add(read(2, 4, scale=0.5), "record")
+    assert sorted(held(memory)) == [1, 2, 2, 3]
+    assert memory.drop(units_of(read(4, 9), "record").names, "record") == 1
+
+
+def test_records_survive_a_restart():
+    memory = filled(10, read(1, 2, 3, subject=["a", "", "b"]))
+    other = PrivateMemory(10)
+    other.load_state_dict(memory.state_dict())
+    assert other.rows.record.tolist() == memory.rows.record.tolist()
+    assert units_of(other.rows, "record").names == units_of(read(1, 2, 3), "record").names
+    state = dict(memory.state_dict())
+    state["records"] = state["records"][:2]
+    with pytest.raises(CheckpointError, match="unequal length"):
+        other.load_state_dict(state)
+
+
+def test_rows_that_were_not_read_do_not_rename_those_that_were():
+    memory = filled(10, read(1, 2), rows(3))
+    assert set(units_of(read(1, 2), "record").names) < set(units_of(memory.rows, "record").names)
+    other = PrivateMemory(10)
+    other.load_state_dict(memory.state_dict())
+    assert units_of(other.rows, "record").names == units_of(memory.rows, "record").names

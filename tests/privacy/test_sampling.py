@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,28 @@ def test_a_record_is_its_values_and_its_label():
     assert len(units) == 2
     content = np.float32(1).tobytes() + np.array(1, dtype="<i8").tobytes()
     assert units.names[1] == hashlib.sha256(b"record\0" + content).digest()
+
+
+def test_a_record_that_was_read_is_known_however_it_is_scaled():
+    read = np.array([b"a" * 32, b"b" * 32, b"a" * 32])
+    first = units_of(replace(rows([1, 2, 1]), record=read), "record")
+    again = units_of(replace(rows([-3, 0, -3], [5, 5, 5]), record=read), "record")
+    assert first.names == again.names
+    assert first.names[0] == hashlib.sha256(b"read\0" + b"a" * 32).digest()
+    np.testing.assert_array_equal(first.order, [0, 1])
+
+
+def test_one_that_was_not_read_is_known_by_its_content():
+    mixed = replace(rows([1, 2]), record=np.array([b"", b"b" * 32]))
+    assert units_of(mixed, "record").names[0] == units_of(rows([1]), "record").names[0]
+    assert units_of(mixed, "record").names[1] != units_of(rows([2]), "record").names[0]
+
+
+def test_rows_of_nobody_are_known_by_what_was_read_and_users_by_their_name():
+    read = np.array([b"a" * 32, b"b" * 32])
+    units = units_of(replace(rows([1, 2], subject=["", "x"]), record=read), "user")
+    assert units.names[0] == units_of(replace(rows([9, 9]), record=read), "record").names[0]
+    assert units.names[1] == hashlib.sha256(b"user\0x").digest()
 
 
 def test_names_do_not_depend_on_the_order():
