@@ -393,7 +393,7 @@ def _cache(settings: SiteSettings, agreed: Settings, public: Public) -> Path | N
         for place in find_files(settings.data.path, name):
             facts = place.stat()
             stamps.append(f"{place}:{facts.st_size}:{facts.st_mtime_ns}")
-    told = [version("fedistill"), config.to_toml(settings), config.to_toml(agreed)]
+    told = [version("fedistill"), "record", config.to_toml(settings), config.to_toml(agreed)]
     told += [public.proxy.fingerprint, *stamps]
     digest = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
     return Path(STATE) / "cache" / f"rows-{digest}.npz"
@@ -403,7 +403,12 @@ def _cached(path: Path) -> tuple[Rows, Rows] | None:
     try:
         kept = load_arrays(path)
         train, test = (
-            Rows(kept[f"{part}inputs"], kept[f"{part}labels"], subject=kept.get(f"{part}subject"))
+            Rows(
+                kept[f"{part}inputs"],
+                kept[f"{part}labels"],
+                subject=kept.get(f"{part}subject"),
+                record=kept.get(f"{part}record"),
+            )
             for part in ("", "test_")
         )
         return train, test
@@ -421,7 +426,7 @@ def _remember(path: Path, rows: Rows, test: Rows) -> None:
         held = {
             f"{part}{name}": array
             for part, some in (("", rows), ("test_", test))
-            for name in ("inputs", "labels", "subject")
+            for name in ("inputs", "labels", "subject", "record")
             if (array := getattr(some, name)) is not None
         }
         with _private(path) as file:

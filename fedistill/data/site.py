@@ -152,7 +152,9 @@ def _coins(rows: Rows, salt: str) -> FloatArray:
 
     def coin(row: int) -> float:
         subject = "" if rows.subject is None else str(rows.subject[row])
-        own = subject.encode() or rows.inputs[row].tobytes() + bytes([int(rows.labels[row]) % 256])
+        read = b"" if rows.record is None else bytes(rows.record[row])
+        content = rows.inputs[row].tobytes() + bytes([int(rows.labels[row]) % 256])
+        own = subject.encode() or read or content
         digest = hashlib.sha256(salt.encode() + b"\0" + own).digest()
         return int.from_bytes(digest[:8], "big") / (1 << 64)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fedistill.privacy.bounds import Coins
 from fedistill.seeding import generator
-from fedistill.types import FloatArray, IntArray, Rows
+from fedistill.types import FloatArray, IntArray, Rows, joined_records
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,5 +106,6 @@ def planted(rows: Rows, canaries: Canaries, seed: int) -> Rows:
         np.concatenate([rows.labels, canaries.rows.labels[chosen]]),
         ids=ids,
         subject=subject,
+        record=joined_records([rows, canaries.rows.take(chosen)]),
     )
     return together.take(generator(seed, "order").permutation(len(together)))

@@ -95,9 +95,9 @@ RECORDS = "Single records: nothing bounds what was shared tells about them."
 MEMBERSHIP = "That a site takes part, in which rounds, and about how many rows it has."
 SERVER = "Anything that a site says, against the server. How many sites there are."
 BOOKS = (
-    "What the account itself tells: ε so far, when a budget is spent, how much noise is planned. Where "
-    "rows come and go between steps, these depend on how often a row was there before. Who knows all "
-    "other rows can tell by them whether one recurs."
+    "What the account itself tells: ε so far, that a budget is spent, how much noise is planned. "
+    "Where rows come and go between steps, these depend on how often a row was there before. Who "
+    "knows all other rows can tell by them whether one recurs."
 )
 GROUPS = (
     "What is true of many rows together: a model is meant to learn it, and it may be used to guess "
