@@ -392,7 +392,7 @@ def test_a_killed_process_leaves_books_that_hold(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_many_killed_processes_leave_books_that_hold(folder: Path) -> None:
-    assert kill_and_ask_again(folder, 20, seed=2) > 0
+    assert kill_and_ask_again(folder, 10, seed=2) > 0
 
 
 # --- the budget ----------------------------------------------------------------------------------
