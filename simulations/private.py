@@ -40,7 +40,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=list(EPSILONS), default=list(EPSILONS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/private"))
+    parser.add_argument("--out", type=Path, default=Path("runs/what-privacy-costs"))
     return parser.parse_args(words)
 
 
