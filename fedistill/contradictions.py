@@ -84,8 +84,6 @@ def contradictions(settings: Settings, lines: Lines) -> Iterator[Problem]:
         yield problem(
             "method.sharpen", f'expected none, era:0.1 or power:2, found "{method.sharpen}"'
         )
-    if settings.data.positive and settings.data.positive_above is not None:
-        yield problem("data.positive", "expected positive or positive_above, found both")
     if not settings.data.test_rows and not settings.deployment.sites:
         yield problem("data.test_rows", "expected a number above 0, found 0")
     for key, amount in (

@@ -34,7 +34,8 @@ def traces() -> list[bytes]:
     found = [NAME.encode(), NAME.upper().encode()]
     for value in PLANTED.tolist():
         found += [struct.pack("<f", value), struct.pack(">f", value), struct.pack("<d", value)]
-        found += [f"{value:.4f}".encode(), f"{value:.3f}".encode(), repr(value).encode()]
+        # Fewer digits would also be the seconds of some round.
+        found += [f"{value:.5f}".encode(), f"{value:.6f}".encode(), repr(value).encode()]
     return found
 
 

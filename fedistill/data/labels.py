@@ -60,6 +60,8 @@ def value_labels(
         positive_above: two classes: numbers above this one are positive.
         positive: two classes: these values are positive.
     """
+    if positive and positive_above is not None:
+        raise DataError("expected data.positive or data.positive_above, found both: leave one out")
     if positive:
         return _among(values, where, positive)
     texts = None if isinstance(values, np.ndarray) else [value or "" for value in values]

@@ -197,3 +197,28 @@ def test_the_bank(real: Callable[[str], Path]) -> None:
     table = read("csv:credit_default_uci/UCI_Credit_Card.csv.gz", settings)
     assert table.inputs.shape == (30000, 23)
     assert int(table.labels.sum()) == 6636
+
+
+# --- two classes out of many ----------------------------------------------------------------------
+
+
+def test_labels_that_are_named_are_one_class_and_all_others_the_other(tmp_path):
+    rows = "\n".join(f"{row},{('<30', '>30', 'NO')[row % 3]}" for row in range(9))
+    (tmp_path / "rows.csv").write_text(f"x,label\n{rows}")
+    settings = DataSettings(path=str(tmp_path), positive=("<30", ">30"))
+    table = read("csv:rows.csv", settings)
+    assert table.classes == ("other", "<30 or >30")
+    assert table.labels.tolist() == [1, 1, 0] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"positive": ("YES",)}, 'labels such as "YES"'),
+        ({"positive": ("NO",), "positive_above": 1.0}, "found both"),
+    ],
+)
+def test_named_labels_that_cannot_be(tmp_path, changes, words):
+    (tmp_path / "rows.csv").write_text("x,label\n1,NO\n2,<30")
+    with pytest.raises(DataError, match=words):
+        read("csv:rows.csv", DataSettings(path=str(tmp_path), **changes))
