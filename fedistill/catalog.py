@@ -56,6 +56,7 @@ OBJECTIVES: Mapping[str, str] = {
 
 BACKENDS: Mapping[str, str] = {
     "serial": "one client after another in this process: the reference semantics",
+    "processes": "clients dealt to worker processes, one for each core: the figures of serial",
     "flower": "Flower: real sites behind a SuperLink, or else its simulation engine (on Ray)",
 }
 

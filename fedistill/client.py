@@ -92,6 +92,7 @@ class Site(Kept):
         self.runs: Path | None = None
         self.untaught: State = {}
         self.limit = LARGEST_MESSAGE
+        self.device = "cpu"
         self.account = None if client.terms is None else Account(client.terms)
         if client.terms is not None and not isinstance(learner, Private):
             raise FedistillError(
@@ -146,7 +147,7 @@ class Site(Kept):
         if client.wrap is not None:
             learner = client.wrap(learner)
         site = cls(client, learner, proxy, classes, method, seed)
-        site.limit = limit
+        site.limit, site.device = limit, device
         return site
 
     # --- the step ------------------------------------------------------------------------------

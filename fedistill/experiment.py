@@ -18,6 +18,7 @@ import numpy as np
 from fedistill import config, data, deployment, models, store
 from fedistill.assembly import assemble, method_of, model_names
 from fedistill.backends import Backend
+from fedistill.backends.processes import Processes
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
 from fedistill.client import Site
@@ -53,11 +54,27 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
+def in_processes(count: int) -> Engine:
+    """Clients dealt to so many worker processes; 0: as many as there are cores."""
+
+    def engine(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+        del folder
+        return Processes(count)
+
+    return engine
+
+
+def engine_of(settings: Settings) -> Engine:
+    """What the settings name, where it runs in simulations that start here."""
+    chosen = settings.backend
+    return in_processes(chosen.workers) if chosen.name == "processes" else serial
+
+
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    if engine is not serial or not shares or not (clients.dropout or clients.stragglers):
+    if not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(
         engine(folder),
@@ -76,7 +93,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     show: Show = silent,
-    engine: Engine = serial,
+    engine: Engine | None = None,
 ) -> Summary:
     """Run an experiment and write its run folder.
 
@@ -86,7 +103,7 @@ def run(
         name: what to call it; empty: the name of the file.
         out: the run folder; None: ``runs/NAME``, numbered if it is taken.
         resume: go on from what the folder holds.
-        engine: what runs the clients.
+        engine: what runs the clients; None: the backend of the settings.
         show: called with a title and a number of rounds, returns what shows them.
 
     Returns:
@@ -105,6 +122,7 @@ def run(
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
     guard(folder, resume=resume)
     store.probe(folder)
+    engine = engine or engine_of(settings)
     with store.held(folder), models.threads(settings.backend.threads):
         fresh = not (folder / "config.toml").exists()
         remember(settings, folder, resume=resume)
