@@ -295,8 +295,9 @@ class Federation:
         measured = {n: site for n, site in measured.items() if site.client.wrap is None}
         own = [site.client.test for site in self.sites.values() if site.client.test is not None]
         common = [test] if test is not None else []
+        away = None if self._away is None else self._away.measure
         figures = measure_student(self._student(), own or common)
-        figures |= measure_clients(measured, test, self._away and self._away.measure)
+        figures |= measure_clients(measured, test, away)
         return {
             "round": plan.round,
             **figures,

@@ -61,7 +61,7 @@ class Shared:
         return np.frombuffer(self.memory, np.float32, size).reshape(self.shape)
 
 
-# --- errors ----------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 def told(error: BaseException) -> Header:

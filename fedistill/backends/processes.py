@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import multiprocessing
 import os
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from multiprocessing import forkserver
@@ -37,6 +38,10 @@ from fedistill.wire.messages import Failure, Plan
 CONTEXT = multiprocessing.get_context("forkserver")
 MOST_DEATHS = 3
 """Processes that may die in a row over the same client."""
+NEEDED = ("fedistill.backends.worker", "fedistill.tables")
+"""What every worker imports."""
+SLOW = ("sklearn.linear_model", "sklearn.ensemble", "opacus", "dp_accounting")
+"""What only some clients need; a run that has such clients has imported it by now."""
 FAREWELL = 5.0
 """Seconds that an idle worker has to end in."""
 
@@ -79,6 +84,7 @@ class _Hand:
         names: its clients.
         pending: what it is still to do; the first may be on its way.
         busy: whether it has been told to do something and has not said that it is done.
+        began: whether its clients are at work.
         deaths: how often it died since it last answered.
     """
 
@@ -86,7 +92,7 @@ class _Hand:
         self.number = number
         self.names = names
         self.pending: deque[_Request] = deque()
-        self.busy = False
+        self.busy = self.began = False
         self.deaths = 0
 
     def start(self, crew: Crew) -> None:
@@ -110,7 +116,7 @@ class _Hand:
             raise _untold(error) from error
         finally:
             theirs.close()
-        self.busy = True  # until it says that its clients are at work
+        self.busy, self.began = True, False  # until it says that its clients are at work
 
     def end(self) -> None:
         """End its process; one that is in the middle of something, at once."""
@@ -144,6 +150,7 @@ class Pool:
         self._turn = 0
         self._now: tuple[str, int] | None = None
         self._stale: dict[str, None] = {}
+        self._ahead: set[str] = set()
         self._test: tuple[Rows, bytes] | None = None
         self._proxy: Shared | None = None
         self._hands: list[_Hand] = []
@@ -179,6 +186,7 @@ class Pool:
     def _heard(self, plan: Plan, name: str, header: Header, data: bytes) -> Reply | Failure:
         """What a client answered; its site here is told what others ask of it."""
         site, facts = self.sites[name], header["facts"]
+        self._ahead.add(name)
         changed = (site.run, site.round) != (facts["run"], facts["round"])
         site.run, site.round, site.clipped = facts["run"], facts["round"], facts["clipped"]
         site.exhausted = facts["exhausted"]
@@ -206,6 +214,7 @@ class Pool:
         for name, _, data in self._ask(self._each("state", tuple(self._stale))):
             self.sites[name].unpack(*store.read_state_bytes(data))
             self._stale.pop(name)
+            self._ahead.discard(name)
 
     def close(self) -> None:
         """Fetch what can be had, and end the workers.
@@ -274,7 +283,7 @@ class Pool:
                         hand.deaths = 0
                         yield header["client"], header, data
                     continue
-                hand.busy = False
+                hand.busy, hand.began = False, True
                 if current:
                     hand.pending.popleft()
                 self._next(hand)
@@ -304,14 +313,14 @@ class Pool:
         hand.end()
         hand.deaths += 1
         event("worker_died", round=self._now[1] if self._now else 0, reason=f"exit:{code}")
-        if self._now and any(self.sites[name].path is None for name in hand.names):
+        if any(self.sites[name].path is None for name in self._ahead.intersection(hand.names)):
             self._hands.remove(hand)
             raise RunError(
                 f"worker {hand.number} died (exit code {code}) with the state of "
-                f"{len(hand.names)} clients, which was in memory alone: run with out=FOLDER, where "
-                "another one can go on from"
+                f"{len(hand.names)} clients, which was in memory alone: run with out=FOLDER, from "
+                "which another one can go on"
             )
-        if hand.deaths >= MOST_DEATHS:
+        if hand.deaths >= MOST_DEATHS or (code == 1 and not hand.began):
             self._hands.remove(hand)
             raise RunError(_why(hand, code))
         hand.start(self._crew(hand.names, self._now))
@@ -385,7 +394,7 @@ def _ready_to_fork() -> None:
     thread: the only library here that starts some as it is imported is numpy's BLAS, which is kept
     from it; a worker then takes as many as the run's own process has.
     """
-    CONTEXT.set_forkserver_preload(["fedistill.backends.worker", "fedistill.tables"])
+    CONTEXT.set_forkserver_preload([*NEEDED, *(name for name in SLOW if name in sys.modules)])
     before = os.environ.get(BLAS)
     os.environ[BLAS] = "1"
     try:
@@ -406,12 +415,13 @@ def _untold(error: Exception) -> FedistillError:
 
 def _why(hand: _Hand, code: int | None) -> str:
     """What to say of a worker that cannot be replaced."""
-    if hand.pending and hand.pending[-1].names:
+    if not hand.began:
         return (
-            f"worker {hand.number} died {MOST_DEATHS} times at {hand.pending[-1].names[0]} (exit "
-            f"code {code}): give it more memory or fewer workers, then --resume"
+            f"worker {hand.number} ended before it began (exit code {code}): see what it printed; "
+            'a script that starts a run does so under `if __name__ == "__main__":`'
         )
+    where = next((request.names[0] for request in hand.pending if request.names), "its end")
     return (
-        f"worker {hand.number} died {MOST_DEATHS} times (exit code {code}): see what it printed; a "
-        'script that starts a run needs `if __name__ == "__main__":` around that'
+        f"worker {hand.number} died {MOST_DEATHS} times at {where} (exit code {code}): give it "
+        "more memory or fewer workers, then --resume"
     )

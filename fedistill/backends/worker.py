@@ -1,4 +1,4 @@
-"""A worker of the backend ``processes``: it holds some clients for a whole run, and does as told."""
+"""A worker of the backend ``processes``: it holds its clients for a whole run, and does as told."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ import builders
 import numpy as np
 import pytest
 from builders import federation, held_out, participants, read_lines, timeless, write_settings
+from sklearn.tree import DecisionTreeClassifier
 
 import fedistill as fd
 from fedistill import experiment, models
@@ -26,26 +27,25 @@ from fedistill.client import Client, Site
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import FedistillError, LedgerError, RunError, SettingsError
 from fedistill.log import read_events
-from fedistill.members import Client as Member
 from fedistill.wire.messages import Failure, Plan
 
 STREAM = """
 [stream]
 experiences = 2
-shift = "classes"
+shift = "class-incremental"
 [continual]
 objective = "der++"
 buffer = 30
 drift = "page-hinkley"
 quorum = 2
 """
-LOSSES = "[[clients.group]]\ncount = 1\nmodel = \"logistic-regression\"\n"
 
 
 def mixed() -> list[Client]:
     """Torch and scikit-learn, rows of all sizes, one client without any."""
     people = participants(4)
-    people.append(Client("trees", models.random_forest, builders.gaussian(20, 9)))
+    tree = partial(DecisionTreeClassifier, max_depth=3, random_state=0)
+    people.append(Client("tree", tree, builders.gaussian(20, 9)))
     people.append(Client("linear", models.logistic_regression, builders.gaussian(18, 8)))
     people.append(Client("learns", people[0].build, builders.gaussian(0, 7)))
     return people
@@ -70,7 +70,11 @@ def test_every_figure_target_and_weight_is_that_of_the_serial_backend(method: st
     assert timeless(dealt.run(3, held_out(), backend=Processes(workers=2))) == rows
     assert dealt.server.digest() == alone.server.digest()
     same_states(alone.sites, dealt.sites)
-    # The same object goes on, here or there.
+
+
+def test_one_object_goes_on_here_and_there() -> None:
+    alone, dealt = federation(4), federation(4)
+    assert timeless(dealt.run(2, held_out())) == timeless(alone.run(2, held_out()))
     assert timeless(dealt.run(5, held_out(), backend=Processes(3))) == timeless(
         alone.run(5, held_out())
     )
@@ -91,9 +95,9 @@ def test_whatever_is_exchanged(method: str) -> None:
     ("more", "changes"),
     [
         ("", []),
-        ("", ["clients.dropout=0.3", "clients.stragglers=0.4", "clients.quorum=1"]),
+        ("", ["clients.dropout=0.1", "clients.stragglers=0.3", "clients.quorum=1", "seed=5"]),
         (STREAM, []),
-        ("[attack]\nkind = \"label-flip\"\ncount = 1\n", ["evaluation.baselines=['local']"]),
+        ('[attack]\nkind = "label-flip"\ncount = 1\n', ["evaluation.baselines=['local']"]),
     ],
     ids=["plain", "losses", "stream", "attack"],
 )
@@ -104,15 +108,16 @@ def test_a_settings_file_gives_the_same_run_folder(
     experiment.run(file, overrides=changes, out=tmp_path / "serial")
     there = [*changes, "backend.name=processes", "backend.workers=2"]
     experiment.run(file, overrides=there, out=tmp_path / "processes")
-    told = [json.loads((tmp_path / k / "summary.json").read_text()) for k in ("serial", "processes")]
+    homes = [tmp_path / "serial", tmp_path / "processes"]
+    told = [json.loads((home / "summary.json").read_text()) for home in homes]
     for summary in told:
         for key in ("seconds", "backend", "stream"):
             summary.pop(key, None)
     assert told[0] == told[1]
-    lines = [read_lines(tmp_path / k / "rounds.jsonl") for k in ("serial", "processes")]
+    lines = [read_lines(home / "rounds.jsonl") for home in homes]
     assert lines[0] == lines[1]
     if more == STREAM:
-        stream = [read_lines(tmp_path / k / "stream.jsonl") for k in ("serial", "processes")]
+        stream = [read_lines(home / "stream.jsonl") for home in homes]
         assert len(stream[0]) == 2
         assert stream[0] == stream[1]
 
@@ -120,9 +125,8 @@ def test_a_settings_file_gives_the_same_run_folder(
 def test_private_clients_spend_the_same_and_keep_one_ledger_each(tmp_path: Path) -> None:
     how = fd.Privacy(mechanism="dpsgd", epsilon=3.0, sample_rate=0.5, steps=2)
     alone, dealt = federation(3, privacy=how), federation(3, privacy=how)
-    list(alone.run(3, out=tmp_path / "serial"))
+    list(alone.run(2, out=tmp_path / "serial"))
     list(dealt.run(2, out=tmp_path / "processes", backend=Processes(2)))
-    list(dealt.run(3, out=tmp_path / "processes", backend=Processes(2)))
     facts = []
     for fed in (alone, dealt):
         told = fed.summary()["privacy"]
@@ -131,7 +135,7 @@ def test_private_clients_spend_the_same_and_keep_one_ledger_each(tmp_path: Path)
         facts.append(told)
     assert facts[0]["epsilon_max"] == pytest.approx(facts[1]["epsilon_max"])
     assert facts[0]["sites"] == facts[1]["sites"]
-    assert facts[1]["sites"]["site-0"]["releases"] == 3
+    assert facts[1]["sites"]["site-0"]["releases"] == 2
 
 
 def test_private_clients_without_a_folder_are_refused() -> None:
@@ -172,9 +176,7 @@ class Shot:
         os.kill(self.inner._hands[self.victim].process.pid or 0, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    ("number", "reply", "victim"), [(1, 0, 0), (1, 1, 1), (2, 0, 1), (2, 1, 0), (3, 3, 1)]
-)
+@pytest.mark.parametrize(("number", "reply", "victim"), [(1, 1, 0), (2, 0, 1), (3, 3, 1)])
 def test_a_worker_killed_in_mid_round_is_replaced_and_the_bytes_are_the_same(
     number: int, reply: int, victim: int, tmp_path: Path
 ) -> None:
@@ -196,7 +198,10 @@ def test_a_worker_killed_without_a_run_folder_ends_the_run() -> None:
 
 
 def test_a_model_that_raises_ends_the_run_with_its_trace(tmp_path: Path) -> None:
-    people = [*participants(2), Client("bad", partial(builders.Saying, builders.sulking), held_out())]
+    people = [
+        *participants(2),
+        Client("bad", partial(builders.Saying, builders.sulking), held_out()),
+    ]
     for out in (None, tmp_path):
         with pytest.raises(ValueError, match="no logits for 40 rows") as caught:
             list(federation(people, method="ds-fl").run(2, out=out, backend=Processes(2)))
@@ -223,7 +228,7 @@ def test_what_a_site_refuses_is_its_failure_and_no_more() -> None:
 
 
 def test_a_factory_without_a_name_is_refused_at_the_start() -> None:
-    people = [*participants(2), Member("mine", lambda: models.Linear(4, 3), held_out())]
+    people = [*participants(2), Client("mine", lambda: models.Linear(4, 3), held_out())]
     with pytest.raises(FedistillError, match="found by their name"):
         list(federation(people).run(1, backend=Processes(2)))
 
@@ -267,11 +272,14 @@ def until(holds: Any, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sent",
+    [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGKILL],
+)
 def test_whatever_ends_a_run_ends_its_workers_and_it_can_be_resumed(
     sent: signal.Signals, tmp_path: Path
 ) -> None:
-    file, out = write_settings(tmp_path, rounds=60), tmp_path / "run"
+    file, out = write_settings(tmp_path, rounds=40), tmp_path / "run"
     command = [sys.executable, "-m", "fedistill.cli", "run", str(file), "--out", str(out)]
     command += ["--backend", "processes", "--set", "backend.workers=2"]
     process = subprocess.Popen(
@@ -287,12 +295,12 @@ def test_whatever_ends_a_run_ends_its_workers_and_it_can_be_resumed(
     finally:
         if members_of(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
-    assert len(read_lines(lines)) < 60
-    again = ["backend.name=processes", "backend.workers=2", "rounds=20"]
-    if len(read_lines(lines)) > 20:
-        again[-1] = "rounds=60"
+    done = len(read_lines(lines))
+    assert done < 40
+    goal = f"rounds={min(done + 2, 40)}"
+    again = ["backend.name=processes", "backend.workers=2", goal]
     found = experiment.run(file, overrides=again, out=out, resume=True)
-    expected = experiment.run(file, overrides=[again[-1]], out=tmp_path / "serial")
+    expected = experiment.run(file, overrides=[goal], out=tmp_path / "serial")
     assert found["soft_targets_sha256"] == expected["soft_targets_sha256"]
     assert read_lines(lines) == read_lines(tmp_path / "serial" / "rounds.jsonl")
 
