@@ -165,6 +165,11 @@ class Pool:
             raise
         self._home = {name: hand for hand in self._hands for name in hand.names}
 
+    @property
+    def numbers(self) -> list[int]:
+        """Process ids of the workers."""
+        return [hand.process.pid or 0 for hand in self._hands]
+
     # --- what is asked of the clients ------------------------------------------------------------
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:

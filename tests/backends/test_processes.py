@@ -173,7 +173,7 @@ class Shot:
             yield reply
 
     def shoot(self) -> None:
-        os.kill(self.inner._hands[self.victim].process.pid or 0, signal.SIGKILL)
+        os.kill(self.inner.numbers[self.victim], signal.SIGKILL)
 
 
 @pytest.mark.parametrize(("number", "reply", "victim"), [(1, 1, 0), (2, 0, 1), (3, 3, 1)])
