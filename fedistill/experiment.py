@@ -54,27 +54,34 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
-def in_processes(count: int) -> Engine:
-    """Clients dealt to so many worker processes; 0: as many as there are cores."""
+@dataclasses.dataclass(frozen=True)
+class InProcesses:
+    """Clients dealt to worker processes.
 
-    def engine(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+    Attributes:
+        workers: how many; 0: as many as there are cores.
+    """
+
+    workers: int = 0
+
+    def __call__(self, folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+        """What runs the clients of a federation."""
         del folder
-        return Processes(count)
-
-    return engine
+        return Processes(self.workers)
 
 
 def engine_of(settings: Settings) -> Engine:
     """What the settings name, where it runs in simulations that start here."""
     chosen = settings.backend
-    return in_processes(chosen.workers) if chosen.name == "processes" else serial
+    return InProcesses(chosen.workers) if chosen.name == "processes" else serial
 
 
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    if not shares or not (clients.dropout or clients.stragglers):
+    here = engine is serial or isinstance(engine, InProcesses)
+    if not here or not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(
         engine(folder),

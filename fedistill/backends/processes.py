@@ -241,7 +241,7 @@ class Pool:
     def _wait_for_all(self) -> None:
         """Until every worker has done what it was told last."""
         for hand in self._hands:
-            with contextlib.suppress(EOFError, OSError):
+            with contextlib.suppress(EOFError, OSError, ValueError):  # or cut short by Ctrl-C
                 while hand.busy:
                     header, _ = unframe(hand.line.recv_bytes())
                     hand.busy = "client" in header
