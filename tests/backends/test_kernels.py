@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedistill.backends import kernels
+from fedistill.backends import kernels, precision
 from fedistill.backends.kernels import Stack
 from fedistill.backends.precision import LARGEST_ERROR, best_mode, error_of, matmul_precision
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
@@ -190,13 +190,19 @@ def test_the_mode_of_products_is_put_back_and_only_an_exact_one_is_chosen():
     assert error_of(best_mode()) < LARGEST_ERROR
 
 
-def test_a_mode_with_the_error_of_bfloat16_is_not_chosen(monkeypatch):
-    from fedistill.backends import precision
-
-    monkeypatch.setattr(precision, "_processor", lambda: "vendor_id : AuthenticAMD")
-    monkeypatch.setattr(precision, "error_of", lambda mode: 1e-3)
-    assert precision.best_mode.__wrapped__() == "highest"
-    monkeypatch.setattr(precision, "error_of", lambda mode: 1e-7)
-    assert precision.best_mode.__wrapped__() == "medium"
-    monkeypatch.setattr(precision, "_processor", lambda: "vendor_id : GenuineIntel")
-    assert precision.best_mode.__wrapped__() == "highest"
+@pytest.mark.parametrize(
+    ("vendor", "family", "error", "mode"),
+    [
+        ("AuthenticAMD", 26, 1e-7, "medium"),
+        ("AuthenticAMD", 26, 1e-3, "highest"),
+        ("AuthenticAMD", 25, 1e-7, "highest"),
+        ("GenuineIntel", 6, 1e-7, "highest"),
+    ],
+)
+def test_a_mode_that_gains_nothing_or_has_the_error_of_bfloat16_is_not_chosen(
+    monkeypatch, vendor, family, error, mode
+):
+    said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
+    monkeypatch.setattr(precision, "_processor", lambda: said)
+    monkeypatch.setattr(precision, "error_of", lambda mode: error)
+    assert precision.best_mode.__wrapped__() == mode
