@@ -13,6 +13,8 @@ from fedistill.settings import CLIENT_ID, CLIENT_ID_WORDS, SHARED, Settings, Sit
 Lines: TypeAlias = Mapping[tuple[str | int, ...], int]
 """Where each key stands in the file that was read."""
 FEATURES = ("fedproto", "fedhenn")
+HERE = ("serial", "vectorized")
+"""Backends of this process, in which lost clients and streams can be simulated."""
 """Methods in which no predictions are shared that an attack could change."""
 
 
@@ -161,7 +163,7 @@ def _simulation_contradictions(
         key = f"clients.{name}"
         if real:
             yield problem(key, "clients are lost for simulations only, found real sites")
-        elif settings.backend.name != "serial":
+        elif settings.backend.name not in HERE:
             yield problem(
                 key,
                 'lost and late clients are simulated by the backend "serial", found '
@@ -189,7 +191,7 @@ def _stream_contradictions(
             "stream.experiences",
             "streams are simulated; at real sites rows arrive as files (arrivals in site.toml)",
         )
-    elif settings.backend.name != "serial":
+    elif settings.backend.name not in HERE:
         yield problem(
             "stream.experiences",
             f'streams are simulated by the backend "serial", found "{settings.backend.name}"',

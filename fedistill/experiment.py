@@ -20,6 +20,7 @@ from fedistill.assembly import assemble, method_of, model_names
 from fedistill.backends import Backend
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
+from fedistill.backends.vectorized import Vectorized
 from fedistill.client import Site
 from fedistill.config import MethodSettings, PrivacySettings, Settings
 from fedistill.data import Federated
@@ -53,11 +54,21 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
+def vectorized(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+    """Clients with students of one kind side by side, in this process."""
+    del folder
+    return Vectorized
+
+
+LOCAL: Mapping[str, Engine] = {"serial": serial, "vectorized": vectorized}
+"""The engines of this process, by the name of the backend."""
+
+
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    if engine is not serial or not shares or not (clients.dropout or clients.stragglers):
+    if engine not in LOCAL.values() or not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(
         engine(folder),
@@ -76,7 +87,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     show: Show = silent,
-    engine: Engine = serial,
+    engine: Engine | None = None,
 ) -> Summary:
     """Run an experiment and write its run folder.
 
@@ -86,7 +97,7 @@ def run(
         name: what to call it; empty: the name of the file.
         out: the run folder; None: ``runs/NAME``, numbered if it is taken.
         resume: go on from what the folder holds.
-        engine: what runs the clients.
+        engine: what runs the clients; None: what the settings name, if it is of this process.
         show: called with a title and a number of rounds, returns what shows them.
 
     Returns:
@@ -101,6 +112,7 @@ def run(
         settings = config.parse(config.to_toml(source), overrides) if overrides else source
     else:
         settings = config.load(source, overrides)
+    engine = engine or LOCAL.get(settings.backend.name, serial)
     name = name or ("experiment" if isinstance(source, Settings) else Path(source).stem)
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
     guard(folder, resume=resume)

@@ -195,6 +195,8 @@ class Federation:
             self._agree(rounds, journal.folder)
             self._begin(journal, resume)
             asked = backend(self.sites)
+            said = getattr(asked, "notes", ())
+            self.notes += [note for note in said if note not in self.notes]
             self._announce(rounds)
             for number in self._numbers(rounds):
                 started = time.monotonic()
