@@ -294,7 +294,7 @@ class Site(Kept):
         self.targets[rows], self.stamp[rows] = probs, number
         taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
-            self.proxy.inputs[taught],
+            self.proxy.take(taught),
             self.targets[taught],
             seed=self._seed(plan, "absorb"),
             weights=weights,
@@ -321,7 +321,7 @@ class Site(Kept):
         if len(probs) == len(rows):
             return probs
         choices = probs.reshape(len(rows), -1, len(self.classes))
-        return nearest(choices, softmax(self.learner.predict(self.proxy.inputs[rows])))
+        return nearest(choices, softmax(self.learner.predict(self.proxy.take(rows))))
 
     def train(self, plan: Plan) -> None:
         """Train on own rows; in a round of distillation, on soft targets and what is remembered.
@@ -359,7 +359,7 @@ class Site(Kept):
         shape = len(rows), len(self.classes)
         if isinstance(self.learner, Answering):
             return floats(self.learner.answer(rows), shape)
-        return floats(self.learner.predict(self.proxy.inputs[rows]), shape)
+        return floats(self.learner.predict(self.proxy.take(rows)), shape)
 
     def protect(self, logits: Logits) -> Probs:
         """What may be shared: finite, bounded probabilities."""

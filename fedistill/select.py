@@ -67,7 +67,7 @@ class Selector:
         self, rows: IntArray, learner: Learner, scores: FloatArray | None
     ) -> FloatArray:
         if self.method.density() not in DENSITIES:
-            return said_by(learner, self.proxy.inputs[rows]) if scores is None else finite(scores)
+            return said_by(learner, self.proxy.take(rows)) if scores is None else finite(scores)
         if self._ratios is None:
             self._ratios = self._estimate().score(self.proxy.inputs)
         return self._ratios[rows]

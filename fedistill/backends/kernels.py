@@ -112,10 +112,9 @@ def clip(gradient: Stack, largest: float) -> None:
 
     As ``torch.nn.utils.clip_grad_norm_`` does for one model.
     """
-    squares = gradient.biases[0].new_zeros(len(gradient))
-    for tensor in gradient.tensors():
-        squares += tensor.flatten(1).pow(2).sum(1)
-    scale = (largest / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in gradient.tensors()]
+    length = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    scale = (largest / (length + 1e-6)).clamp(max=1.0)
     if bool((scale < 1.0).any()):
         for tensor in gradient.tensors():
             tensor.mul_(_along(scale, tensor))

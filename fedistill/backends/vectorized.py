@@ -153,7 +153,7 @@ def together(works: Sequence[Work]) -> None:
     for alike in kinds.values():
         plan = alike[0].plan
         assert plan is not None
-        asked = torch.from_numpy(alike[0].site.proxy.inputs[plan.rows()]).flatten(1)
+        asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
         students, lessons = [work.student for work in alike], [work.lessons for work in alike]
         for places in benches(students, lessons):
             bench = Bench([students[at] for at in places], [lessons[at] for at in places])
