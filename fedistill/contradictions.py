@@ -164,8 +164,8 @@ def _simulation_contradictions(
         elif settings.backend.name == "flower":
             yield problem(
                 key,
-                'lost and late clients are simulated by the backends "serial" and "processes", '
-                'found "flower"',
+                'lost and late clients are simulated by every backend but "flower", which was '
+                "found",
             )
 
 
@@ -192,7 +192,7 @@ def _stream_contradictions(
     elif settings.backend.name == "flower":
         yield problem(
             "stream.experiences",
-            'streams are simulated by the backends "serial" and "processes", found "flower"',
+            'streams are simulated by every backend but "flower", which was found',
         )
     if settings.attack.kind is not None:
         yield problem("attack.kind", "bad clients of a stream are not simulated: leave one out")

@@ -21,6 +21,7 @@ from fedistill.backends import Backend
 from fedistill.backends.processes import Processes
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
+from fedistill.backends.vectorized import Vectorized
 from fedistill.client import Site
 from fedistill.config import MethodSettings, PrivacySettings, Settings
 from fedistill.data import Federated
@@ -54,6 +55,12 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
+def vectorized(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+    """Clients with students of one kind side by side, in this process."""
+    del folder
+    return Vectorized
+
+
 @dataclasses.dataclass(frozen=True)
 class InProcesses:
     """Clients dealt to worker processes.
@@ -73,14 +80,16 @@ class InProcesses:
 def engine_of(settings: Settings) -> Engine:
     """What the settings name, where it runs in simulations that start here."""
     chosen = settings.backend
-    return InProcesses(chosen.workers) if chosen.name == "processes" else serial
+    if chosen.name == "processes":
+        return InProcesses(chosen.workers)
+    return vectorized if chosen.name == "vectorized" else serial
 
 
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    here = engine is serial or isinstance(engine, InProcesses)
+    here = engine in {serial, vectorized} or isinstance(engine, InProcesses)
     if not here or not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(

@@ -198,6 +198,8 @@ class Federation:
             self._begin(journal, resume)
             asked = backend(self.sites)
             self._away = ended.enter_context(at_work(asked))
+            said = getattr(asked, "notes", ())
+            self.notes += [note for note in said if note not in self.notes]
             self._announce(rounds)
             for number in self._numbers(rounds):
                 started = time.monotonic()
