@@ -191,7 +191,7 @@ def test_zero_is_a_number_and_not_an_absence(zero):
         ),
         (
             "[backend]\nname = 'flower'\n[clients]\nstragglers = 0.1",
-            "clients.stragglers: lost and late clients are simulated by the backend",
+            "clients.stragglers: lost and late clients are simulated by every backend",
         ),
     ],
 )
