@@ -56,6 +56,8 @@ OBJECTIVES: Mapping[str, str] = {
 
 BACKENDS: Mapping[str, str] = {
     "serial": "one client after another in this process: the reference semantics",
+    "processes": "clients dealt to worker processes, one for each core: the figures of serial",
+    "vectorized": "linear and mlp side by side in this process, the same to rounding; others alone",
     "flower": "Flower: real sites behind a SuperLink, or else its simulation engine (on Ray)",
 }
 

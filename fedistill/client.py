@@ -36,7 +36,7 @@ from fedistill.privacy.labels import hard_labels
 from fedistill.privacy.learner import Answering, Private
 from fedistill.privacy.ledger import Entry
 from fedistill.seeding import derive
-from fedistill.select import Selector, floats
+from fedistill.select import Answers, Selector, floats
 from fedistill.types import (
     FloatArray,
     IntArray,
@@ -92,6 +92,7 @@ class Site(Kept):
         self.runs: Path | None = None
         self.untaught: State = {}
         self.limit = LARGEST_MESSAGE
+        self.device = "cpu"
         self.account = None if client.terms is None else Account(client.terms)
         if client.terms is not None and not isinstance(learner, Private):
             raise FedistillError(
@@ -146,7 +147,7 @@ class Site(Kept):
         if client.wrap is not None:
             learner = client.wrap(learner)
         site = cls(client, learner, proxy, classes, method, seed)
-        site.limit = limit
+        site.limit, site.device = limit, device
         return site
 
     # --- the step ------------------------------------------------------------------------------
@@ -158,6 +159,15 @@ class Site(Kept):
             Rejected: the plan is not for this site, or its predictions cannot be shared.
             RunError: the proxy rows changed since the start.
         """
+        begun = self.begin(message)
+        if isinstance(begun, bytes):
+            return begun
+        self.absorb(begun)
+        self.train(begun)
+        return self.finish(begun)
+
+    def begin(self, message: bytes) -> Plan | bytes:
+        """Agree to a plan, turn to the rows of the day and pay; the answer, if there is one yet."""
         plan = Plan.from_bytes(message, self.limit)
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
@@ -166,11 +176,13 @@ class Site(Kept):
             return released
         self.arrive(plan)
         self.pay(plan)
-        self.absorb(plan)
-        self.train(plan)
+        return plan
+
+    def finish(self, plan: Plan, said: Answers | None = None) -> bytes:
+        """Share, save and answer, once the training is done; ``said`` as in :meth:`share`."""
         self.upload, self.refusal = b"", None
         try:
-            self.upload = self.share(plan).to_bytes()
+            self.upload = self.share(plan, said).to_bytes()
         except Rejected as refusal:
             self.refusal = refusal
         self.run, self.round = plan.run, plan.round
@@ -283,7 +295,7 @@ class Site(Kept):
         self.targets[rows], self.stamp[rows] = probs, number
         taught, weights = self.method.lesson(self.stamp)
         self.learner.absorb(
-            self.proxy.inputs[taught],
+            self.proxy.take(taught),
             self.targets[taught],
             seed=self._seed(plan, "absorb"),
             weights=weights,
@@ -310,7 +322,7 @@ class Site(Kept):
         if len(probs) == len(rows):
             return probs
         choices = probs.reshape(len(rows), -1, len(self.classes))
-        return nearest(choices, softmax(self.learner.predict(self.proxy.inputs[rows])))
+        return nearest(choices, softmax(self.learner.predict(self.proxy.take(rows))))
 
     def train(self, plan: Plan) -> None:
         """Train on own rows; in a round of distillation, on soft targets and what is remembered.
@@ -331,10 +343,16 @@ class Site(Kept):
             alarms = getattr(self.learner, "alarms", ()) if self.alarm else now.alarms
             self.met[-1] = replace(now, trained=trained, alarms=tuple(alarms))
 
-    def share(self, plan: Plan) -> Upload:
-        """Predict, protect, encode: protection comes before the codec, which is post-processing."""
-        answered, familiarity = self.selector.choose(plan.rows(), self.learner)
-        logits = self.predict(plan.rows()[answered])
+    def share(self, plan: Plan, said: Answers | None = None) -> Upload:
+        """Predict, protect, encode: protection comes before the codec, which is post-processing.
+
+        Args:
+            plan: what is asked.
+            said: what the learner says of the rows asked, where it was asked with others.
+        """
+        scores = None if said is None else said.familiarity
+        answered, familiarity = self.selector.choose(plan.rows(), self.learner, scores)
+        logits = self.predict(plan.rows()[answered]) if said is None else said.logits[answered]
         return self.encode(plan, answered, self.protect(logits), familiarity)
 
     def predict(self, rows: IntArray) -> Logits:
@@ -342,7 +360,7 @@ class Site(Kept):
         shape = len(rows), len(self.classes)
         if isinstance(self.learner, Answering):
             return floats(self.learner.answer(rows), shape)
-        return floats(self.learner.predict(self.proxy.inputs[rows]), shape)
+        return floats(self.learner.predict(self.proxy.take(rows)), shape)
 
     def protect(self, logits: Logits) -> Probs:
         """What may be shared: finite, bounded probabilities."""

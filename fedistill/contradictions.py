@@ -161,11 +161,11 @@ def _simulation_contradictions(
         key = f"clients.{name}"
         if real:
             yield problem(key, "clients are lost for simulations only, found real sites")
-        elif settings.backend.name != "serial":
+        elif settings.backend.name == "flower":
             yield problem(
                 key,
-                'lost and late clients are simulated by the backend "serial", found '
-                f'"{settings.backend.name}"',
+                'lost and late clients are simulated by every backend but "flower", which was '
+                "found",
             )
 
 
@@ -189,10 +189,10 @@ def _stream_contradictions(
             "stream.experiences",
             "streams are simulated; at real sites rows arrive as files (arrivals in site.toml)",
         )
-    elif settings.backend.name != "serial":
+    elif settings.backend.name == "flower":
         yield problem(
             "stream.experiences",
-            f'streams are simulated by the backend "serial", found "{settings.backend.name}"',
+            'streams are simulated by every backend but "flower", which was found',
         )
     if settings.attack.kind is not None:
         yield problem("attack.kind", "bad clients of a stream are not simulated: leave one out")

@@ -5,7 +5,7 @@ Nothing here travels: in a deployment a client's accuracy on its own rows stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from fedistill.metrics import accuracy, auc, calibration_error
 from fedistill.types import Rows
 
 Figures = dict[str, float | None]
+Measuring = Callable[[Mapping[str, Rows]], dict[str, Figures]]
+"""From the rows that each client is measured on to its figures."""
 
 
 def measure(learner: Learner, rows: Rows) -> Figures:
@@ -31,13 +33,25 @@ def measure(learner: Learner, rows: Rows) -> Figures:
     }
 
 
-def measure_clients(sites: Mapping[str, Site], test: Rows | None) -> dict[str, Any]:
-    """Every client on its own test rows, or else on the common ones; not those never asked."""
-    clients = {}
+def measure_clients(
+    sites: Mapping[str, Site], test: Rows | None, away: Measuring | None = None
+) -> dict[str, Any]:
+    """Every client on its own test rows, or else on the common ones; not those never asked.
+
+    Args:
+        sites: the clients.
+        test: the common test rows.
+        away: measures clients on given rows where they work in other processes.
+    """
+    due = {}
     for name, site in sites.items():
         rows = site.client.test if site.client.test is not None else test
         if site.round and rows is not None and len(rows):
-            clients[name] = measure(site.learner, rows)
+            due[name] = rows
+    if away is not None:
+        clients = away(due)
+    else:
+        clients = {name: measure(sites[name].learner, rows) for name, rows in due.items()}
     accuracies = [float(figures["accuracy"] or 0.0) for figures in clients.values()]
     aucs = [figures["auc"] for figures in clients.values() if figures["auc"] is not None]
     return {

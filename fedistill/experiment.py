@@ -18,8 +18,10 @@ import numpy as np
 from fedistill import config, data, deployment, models, store
 from fedistill.assembly import assemble, method_of, model_names
 from fedistill.backends import Backend
+from fedistill.backends.processes import Processes
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
+from fedistill.backends.vectorized import Vectorized
 from fedistill.client import Site
 from fedistill.config import MethodSettings, PrivacySettings, Settings
 from fedistill.data import Federated
@@ -53,11 +55,42 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
+def vectorized(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+    """Clients with students of one kind side by side, in this process."""
+    del folder
+    return Vectorized
+
+
+@dataclasses.dataclass(frozen=True)
+class InProcesses:
+    """Clients dealt to worker processes.
+
+    Attributes:
+        workers: how many; 0: as many as there are cores.
+    """
+
+    workers: int = 0
+
+    def __call__(self, folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+        """What runs the clients of a federation."""
+        del folder
+        return Processes(self.workers)
+
+
+def engine_of(settings: Settings) -> Engine:
+    """What the settings name, where it runs in simulations that start here."""
+    chosen = settings.backend
+    if chosen.name == "processes":
+        return InProcesses(chosen.workers)
+    return vectorized if chosen.name == "vectorized" else serial
+
+
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    if engine is not serial or not shares or not (clients.dropout or clients.stragglers):
+    here = engine in {serial, vectorized} or isinstance(engine, InProcesses)
+    if not here or not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(
         engine(folder),
@@ -76,7 +109,7 @@ def run(
     out: str | Path | None = None,
     resume: bool = False,
     show: Show = silent,
-    engine: Engine = serial,
+    engine: Engine | None = None,
 ) -> Summary:
     """Run an experiment and write its run folder.
 
@@ -86,7 +119,7 @@ def run(
         name: what to call it; empty: the name of the file.
         out: the run folder; None: ``runs/NAME``, numbered if it is taken.
         resume: go on from what the folder holds.
-        engine: what runs the clients.
+        engine: what runs the clients; None: the backend of the settings.
         show: called with a title and a number of rounds, returns what shows them.
 
     Returns:
@@ -105,6 +138,7 @@ def run(
     folder = Path(out) if out is not None else default_folder(name, resume=resume)
     guard(folder, resume=resume)
     store.probe(folder)
+    engine = engine or engine_of(settings)
     with store.held(folder), models.threads(settings.backend.threads):
         fresh = not (folder / "config.toml").exists()
         remember(settings, folder, resume=resume)

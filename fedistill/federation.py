@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedistill.backends import Backend
+from fedistill.backends import Away, Backend, at_work
 from fedistill.backends.serial import Serial
 from fedistill.client import Client, Member, Site, new_student
 from fedistill.distill.learner import Learner
@@ -126,6 +127,7 @@ class Federation:
         self.history: list[Row] = []
         self.notes: list[str] = []
         self.sites: dict[str, Site] = {}
+        self._away: Away | None = None
         if self.method.teach == "student" and student is None:
             raise DataError(
                 f"{self.method.name} teaches clients by the server's student, found none: give the "
@@ -191,10 +193,13 @@ class Federation:
             RunError: the folder cannot be written, or the proxy rows changed.
         """
         journal = Journal(Path(out) if out is not None else None, self._identity())
-        with journal, computing(threads):
+        with journal, computing(threads), contextlib.ExitStack() as ended:
             self._agree(rounds, journal.folder)
             self._begin(journal, resume)
             asked = backend(self.sites)
+            self._away = ended.enter_context(at_work(asked))
+            said = getattr(asked, "notes", ())
+            self.notes += [note for note in said if note not in self.notes]
             self._announce(rounds)
             for number in self._numbers(rounds):
                 started = time.monotonic()
@@ -292,7 +297,9 @@ class Federation:
         measured = {n: site for n, site in measured.items() if site.client.wrap is None}
         own = [site.client.test for site in self.sites.values() if site.client.test is not None]
         common = [test] if test is not None else []
-        figures = measure_student(self._student(), own or common) | measure_clients(measured, test)
+        away = None if self._away is None else self._away.measure
+        figures = measure_student(self._student(), own or common)
+        figures |= measure_clients(measured, test, away)
         return {
             "round": plan.round,
             **figures,
@@ -314,6 +321,8 @@ class Federation:
     def _student(self) -> Learner | None:
         """The student of the whole: the server's, or where all rows are pooled, theirs."""
         pooled = self.method.exchange == "rows"
+        if pooled and self._away is not None:
+            self._away.fetch()
         return self.sites["pooled"].learner if pooled else self.server.student
 
     def _streamed(self, plan: Plan, combined: Combined) -> Row:
@@ -323,6 +332,8 @@ class Federation:
         row: Row = {"alarms": list(combined.alarms), "extra": plan.consolidate}
         ended = self.stream.ends_in(plan.round - plan.extra)
         if ended is not None and not plan.consolidate:
+            if self._away is not None:
+                self._away.fetch()
             row["experience"] = experience_line(
                 self.stream, ended, plan.round, self.sites, self._student(), self.history
             )

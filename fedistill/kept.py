@@ -8,7 +8,9 @@ with the generation before it. Ledger and releases lie beside it, see
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -167,6 +169,10 @@ class Kept:
             return
         if not self.path.parent.is_dir():
             store.probe(self.path.parent)
+        store.save_state(self.path, *self.packed(), own=True)
+
+    def packed(self) -> tuple[State, dict[str, Any]]:
+        """What :meth:`save` writes: arrays, and facts fit for JSON."""
         arrays = {f"learner.{name}": value for name, value in self.learner.state_dict().items()}
         arrays |= {
             "targets": self.targets,
@@ -176,7 +182,7 @@ class Kept:
         for name, part in self._held().items():
             arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
         refusal = self.refusal and [self.refusal.reason, self.refusal.detail]
-        facts = {
+        facts: dict[str, Any] = {
             "run": self.run,
             "round": self.round,
             "refusal": refusal,
@@ -187,7 +193,7 @@ class Kept:
             facts["alarm"] = self.alarm
         if self.account is not None:
             facts["privacy"] = self.account.facts()
-        store.save_state(self.path, arrays, facts, own=True)
+        return arrays, facts
 
     def erase(self, subject: object) -> ErasureReceipt:
         """Forget a person's remembered rows, here and on disk, and let none of them in again.
@@ -240,6 +246,15 @@ class Kept:
                 )
             arrays, meta, _ = store.load_state(store.previous(self.path))
             note = "state is ahead of the server's, the generation before it was used"
+        self.unpack(arrays, meta)
+        return f"{self.client.id}: {note}" if note else None
+
+    def unpack(self, arrays: State, meta: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`packed` gave, here or in another process.
+
+        Raises:
+            CheckpointError: it is of another model.
+        """
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
         self._leave_out()
         if "position" in meta:
@@ -269,4 +284,3 @@ class Kept:
         self.run, self.round = meta["run"], meta["round"]
         self.clipped = int(meta["clipped"])
         self.refusal = Rejected(*meta["refusal"]) if meta.get("refusal") else None
-        return f"{self.client.id}: {note}" if note else None

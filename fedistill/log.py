@@ -41,6 +41,7 @@ EVENTS: Mapping[str, str] = {
     "run_done": "the last round is done",
     "run_failed": "the run gave up; --resume goes on once the reason is gone",
     "run_interrupted": "Ctrl-C or SIGTERM; --resume goes on",
+    "worker_died": "a process that clients of a simulation work in; another goes on in its place",
     # at a site
     "run_begun": "a plan of a run that this site has not met before",
     "plan_received": "the coordinator asks for predictions",

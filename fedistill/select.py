@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from fedistill.choice import Method
@@ -9,8 +11,17 @@ from fedistill.distill.density import DENSITIES, Density
 from fedistill.distill.learner import Learner
 from fedistill.distill.public_features import features_of
 from fedistill.errors import Rejected
-from fedistill.types import FloatArray, IntArray, ProxySet, Rows
+from fedistill.types import FloatArray, IntArray, Logits, ProxySet, Rows
 from fedistill.wire.envelope import Mask
+
+
+class Answers(NamedTuple):
+    """What a learner says of the rows that a plan asks."""
+
+    logits: Logits
+    """``[rows, classes]``."""
+    familiarity: FloatArray
+    """``[rows]``."""
 
 
 class Selector:
@@ -31,8 +42,15 @@ class Selector:
         self._density: Density | None = None
         self._ratios: FloatArray | None = None
 
-    def choose(self, rows: IntArray, learner: Learner) -> tuple[Mask, FloatArray | None]:
+    def choose(
+        self, rows: IntArray, learner: Learner, scores: FloatArray | None = None
+    ) -> tuple[Mask, FloatArray | None]:
         """Which of some rows to answer, bool ``[rows]``, and the familiarity of those, if shared.
+
+        Args:
+            rows: proxy rows.
+            learner: what says how familiar they are, and own rows.
+            scores: what it says of the proxy rows, ``[rows]``; None asks it.
 
         Raises:
             Rejected: the learner's familiarity is no finite number for each row.
@@ -40,14 +58,16 @@ class Selector:
         answered = np.full(len(rows), len(self.own) > 0)
         ratios: FloatArray = np.zeros(len(rows))
         if self.method.density() and len(self.own):
-            ratios = self._familiarity(rows, learner)
+            ratios = self._familiarity(rows, learner, scores)
             if self.method.accept:
                 answered = ratios >= self._threshold(learner)
         return answered, ratios[answered] if self.method.tells_familiarity() else None
 
-    def _familiarity(self, rows: IntArray, learner: Learner) -> FloatArray:
+    def _familiarity(
+        self, rows: IntArray, learner: Learner, scores: FloatArray | None
+    ) -> FloatArray:
         if self.method.density() not in DENSITIES:
-            return said_by(learner, self.proxy.inputs[rows])
+            return said_by(learner, self.proxy.take(rows)) if scores is None else finite(scores)
         if self._ratios is None:
             self._ratios = self._estimate().score(self.proxy.inputs)
         return self._ratios[rows]
@@ -71,7 +91,11 @@ def said_by(learner: Learner, inputs: FloatArray) -> FloatArray:
     score = getattr(learner, "familiarity", None)
     if score is None:  # a model that cannot tell
         return np.zeros(len(inputs))
-    ratios = floats(score(inputs), (len(inputs),))
+    return finite(floats(score(inputs), (len(inputs),)))
+
+
+def finite(ratios: FloatArray) -> FloatArray:
+    """The familiarity of rows, if it is a number for each."""
     if not np.isfinite(ratios).all():
         raise Rejected("nonfinite", "the model's familiarity is NaN or infinite")
     return ratios

@@ -468,6 +468,9 @@ class BackendSettings:
     name: str = setting("serial", "the backend", choices="backends")
     device: str = setting("auto", "cpu, cuda, or auto: cuda where there is one")
     threads: int = setting(1, "torch threads of a worker", low=1)
+    workers: int = setting(
+        0, 'worker processes of the backend "processes"; 0: as many as there are cores', low=0
+    )
     max_message_mb: float = setting(64.0, "largest message accepted, in MiB", above=0)
 
 

@@ -208,15 +208,30 @@ class _Final(CheckpointError):
 
 
 def _read(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    return read_state_bytes(data, str(path))
+
+
+def read_state_bytes(
+    data: bytes, path: str = "a state"
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Arrays and facts from the content of a state file.
+
+    Args:
+        data: what :func:`state_bytes` gave.
+        path: what to call it.
+
+    Raises:
+        CheckpointError: it is damaged, newer than this program, or of another kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
     if data[:2] in {b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}:
         raise _Final(f"{path} is a pickle or an archive, which can carry code: it is not opened")
     if data[: len(MAGIC)] != MAGIC or len(data) < HEADER:

@@ -19,6 +19,7 @@ from fedistill.door import Answer, check_shape
 from fedistill.errors import Problem, QuorumError, Rejected, RunError, SettingsError
 from fedistill.exchange import EXCHANGES, Exchange, means_of_others
 from fedistill.seeding import derive
+from fedistill.select import Answers
 from fedistill.server import Combined, Server, alarmed
 from fedistill.types import FloatArray, IntArray, State, fingerprint_classes
 from fedistill.wire.messages import Plan, RowSpec, Upload, bucket
@@ -54,8 +55,9 @@ class TableSite(Site):
         if plan.table is not None:
             self.exchange.apply(self.learner, plan.table.values, self._public(plan))
 
-    def share(self, plan: Plan) -> Upload:
+    def share(self, plan: Plan, said: Answers | None = None) -> Upload:
         """The own table after training; a client without rows of its own sends none."""
+        del said
         rows = self.data
         table = Table(np.empty((0, 0), dtype=np.float32))
         if len(rows):

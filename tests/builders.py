@@ -114,6 +114,11 @@ class Saying:
         self.fitted = int(state["fitted"][0])
 
 
+def sulking(learner: Saying, inputs: Any) -> Any:
+    """Logits that are never said: an error in a model, one that other processes can find."""
+    raise ValueError(f"no logits for {len(inputs)} rows")
+
+
 def saying(name: str, logits: Any, rows: int = 20) -> Client:
     return Client(name, lambda: Saying(logits), gaussian(rows, len(name)))
 

@@ -191,7 +191,7 @@ def test_zero_is_a_number_and_not_an_absence(zero):
         ),
         (
             "[backend]\nname = 'flower'\n[clients]\nstragglers = 0.1",
-            "clients.stragglers: lost and late clients are simulated by the backend",
+            "clients.stragglers: lost and late clients are simulated by every backend",
         ),
     ],
 )
@@ -465,7 +465,7 @@ def test_a_site_file_is_told_from_that_of_an_experiment():
         ),
         (
             '[stream]\nexperiences = 2\n[backend]\nname = "flower"',
-            "by the backend",
+            "by every backend",
         ),
         ('[stream]\nexperiences = 2\nshift = "rotations"', 'did you mean "rotation"?'),
         ('[continual]\nobjective = "der"', "continual.buffer: der replays remembered rows"),

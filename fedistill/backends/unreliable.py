@@ -54,6 +54,7 @@ class Unreliable:
         self.dropout = dropout
         self.stragglers = stragglers
         self.lateness = lateness
+        self.notes = list(getattr(inner, "notes", ()))
         self._now = ("", 0)
         self._attempt = 0
         self._arriving: list[Reply] = []

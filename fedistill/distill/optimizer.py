@@ -7,6 +7,7 @@ message. The functions below those classes do not. The bytes are the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,11 @@ from fedistill.distill.recipe import Recipe
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+
+
+def falling(step: int, steps: int) -> float:
+    """Share of the learning rate in a step, where it falls to 0 as a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class Optimizer:

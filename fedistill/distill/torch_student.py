@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
 from fedistill.distill.batches import Batch, Batches, Memory, local_batches, soft_batches
 from fedistill.distill.guide import Guide, guiding, nearest_prototype
-from fedistill.distill.optimizer import Optimizer
+from fedistill.distill.optimizer import Optimizer, falling
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.trunk import Trunk, trunk_of
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
@@ -27,6 +27,23 @@ PREDICT_ROWS = 250
 
 Loss: TypeAlias = Callable[[Batch, Batch], Tensor]
 """Of a part of a batch, given the whole: the losses of the parts add up to that of the whole."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is to train on next, before it does.
+
+    Attributes:
+        batches: what its steps see.
+        own: there are own rows in each; else soft targets alone.
+        offset: added to the logits of own rows, ``[classes]``; None: nothing.
+        seed: of dropout, and of what a guide draws.
+    """
+
+    batches: Batches
+    own: bool
+    offset: Tensor | None
+    seed: int
 
 
 @contextmanager
@@ -120,13 +137,9 @@ class TorchStudent:
         weights: FloatArray | None = None,
     ) -> None:
         """Distil on soft targets at once (``phase``), or keep them for ``fit`` (``inside``)."""
-        if weights is None:
-            weights = np.ones(len(inputs))
-        memory = Memory(self._tensor(inputs), self._tensor(soft_targets), weights)
-        if self.recipe.distil == "inside":
-            self._memory = memory
-        elif self.recipe.distil == "phase" and len(memory):
-            self._distil(memory, seed)
+        lesson = self.hear(inputs, soft_targets, seed=seed, weights=weights)
+        if lesson is not None:
+            self.work_through(lesson)
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Train on own rows, joined by proxy rows; without own rows, on the proxy rows alone.
@@ -134,10 +147,32 @@ class TorchStudent:
         A guide counts while there are own rows. Its part of the loss keeps its weight from round
         to round: a schedule over rounds, as FedHeNN has one, is left to the caller.
         """
+        lesson = self.lesson(rows, seed)
+        if lesson is not None:
+            self.work_through(lesson)
+
+    # --- the same, before it is learned --------------------------------------------------------
+
+    def hear(
+        self,
+        inputs: FloatArray,
+        soft_targets: Probs,
+        *,
+        seed: int,
+        weights: FloatArray | None = None,
+    ) -> Lesson | None:
+        """What ``absorb`` would train on at once; None where it only keeps the targets."""
+        if weights is None:
+            weights = np.ones(len(inputs))
+        memory = Memory(self._tensor(inputs), self._tensor(soft_targets), weights)
+        if self.recipe.distil == "inside":
+            self._memory = memory
+        return self._phase(memory, seed) if self.recipe.distil == "phase" else None
+
+    def lesson(self, rows: Rows, seed: int) -> Lesson | None:
+        """What ``fit`` would train on; None where there is nothing."""
         if len(rows) == 0 or self.recipe.epochs == 0:
-            if self._memory is not None and len(self._memory):
-                self._distil(self._memory, seed)
-            return
+            return None if self._memory is None else self._phase(self._memory, seed)
         labels = torch.from_numpy(rows.labels).to(self.device)
         batches = local_batches(
             self._tensor(rows.inputs),
@@ -148,8 +183,16 @@ class TorchStudent:
             seed,
         )
         offset = self._log_shares(rows.labels) if self.recipe.calibrate else None
+        return Lesson(batches, True, offset, seed)
 
-        with guiding(self._guide, self.recipe, self.module, seed, self.device) as guide:
+    def work_through(self, lesson: Lesson) -> None:
+        """Train on what ``hear`` or ``lesson`` gave."""
+        if not lesson.own:
+            self._train(lesson.batches, self._soft_loss, lesson.seed)
+            return
+        offset = lesson.offset
+
+        with guiding(self._guide, self.recipe, self.module, lesson.seed, self.device) as guide:
 
             def loss(part: Batch, whole: Batch) -> Tensor:
                 logits, score = self._forward(part.inputs)
@@ -162,7 +205,8 @@ class TorchStudent:
                 total = total if guided is None else total + guided
                 return total if self._scored is None else total + own_or_proxy(score, part.familiar)
 
-            self._train(batches, loss, seed, None if guide is None else guide.beside)
+            beside = None if guide is None else guide.beside
+            self._train(lesson.batches, loss, lesson.seed, beside)
 
     def guide(self, guide: Guide | None) -> None:
         """Train by this table from the next ``fit`` on, until there is another; None: by none.
@@ -233,19 +277,46 @@ class TorchStudent:
         )
         self._steps = int(state["steps"][0])
 
+    # --- side by side with others --------------------------------------------------------------
+
+    @property
+    def scored(self) -> bool:
+        """Whether it learns familiarity."""
+        return self._scored is not None
+
+    @property
+    def guided(self) -> bool:
+        """Whether it has a table to train by."""
+        return self._guide is not None
+
+    def keeps(self) -> float:
+        """How much of the moving average the next step keeps."""
+        return min(self.recipe.average, (1 + self._steps) / (10 + self._steps))
+
+    def count(self, rows: int) -> None:
+        """A step was taken on this many rows."""
+        self._steps += 1
+        self.passed += rows
+
     # --- training ------------------------------------------------------------------------------
 
     def _distil(self, memory: Memory, seed: int) -> None:
         """A phase on soft targets alone."""
+        self._train(soft_batches(memory, self.recipe, seed), self._soft_loss, seed)
 
-        def loss(part: Batch, whole: Batch) -> Tensor:
-            del whole
-            logits, _ = self._forward(part.inputs)
-            if self.recipe.loss == "mae":
-                return logit_mae(logits, part.targets) * part.weight.sum()
-            return soft_cross_entropy(logits, part.targets, part.weight, part.temperature)
+    def _phase(self, memory: Memory, seed: int) -> Lesson | None:
+        """The same as a lesson; None without any targets."""
+        if not len(memory):
+            return None
+        return Lesson(soft_batches(memory, self.recipe, seed), False, None, seed)
 
-        self._train(soft_batches(memory, self.recipe, seed), loss, seed)
+    def _soft_loss(self, part: Batch, whole: Batch) -> Tensor:
+        """Of rows that have soft targets alone."""
+        del whole
+        logits, _ = self._forward(part.inputs)
+        if self.recipe.loss == "mae":
+            return logit_mae(logits, part.targets) * part.weight.sum()
+        return soft_cross_entropy(logits, part.targets, part.weight, part.temperature)
 
     def _train(
         self,
@@ -276,14 +347,13 @@ class TorchStudent:
                     layer.eval()
         with seeded(derive(seed, "dropout")):
             for step, batch in enumerate(batches):
-                falling = 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-                rate = recipe.lr * (falling if recipe.schedule == "cosine" else 1.0)
+                share = falling(step, len(batches)) if recipe.schedule == "cosine" else 1.0
+                rate = recipe.lr * share
                 self._backward(batch, loss, None if beside is None else partial(beside, step))
                 if recipe.clip:
                     nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
                 self._optimizer.step(rate)
-                self._steps += 1
-                self.passed += len(batch)
+                self.count(len(batch))
                 self._update_average(weights)
                 if after is not None:
                     after()
@@ -312,8 +382,7 @@ class TorchStudent:
 
     def _update_average(self, weights: list[nn.Parameter]) -> None:
         if self._averaged:
-            decay = min(self.recipe.average, (1 + self._steps) / (10 + self._steps))
-            torch._foreach_lerp_(self._averaged, [w.detach() for w in weights], 1 - decay)
+            torch._foreach_lerp_(self._averaged, [w.detach() for w in weights], 1 - self.keeps())
 
     # --- predicting ----------------------------------------------------------------------------
 

@@ -148,11 +148,11 @@ def test_a_step_that_dies_costs_its_site_a_charge_and_nobody_else(
     folder, died = founded(tmp_path / "d"), []
     real = Site.share
 
-    def dies(site: Site, plan: Any) -> Any:
+    def dies(site: Site, plan: Any, *said: Any) -> Any:
         if site.client.id == "south" and plan.round == 2 and not died:
             died.append(plan.round)
             raise MemoryError
-        return real(site, plan)
+        return real(site, plan, *said)
 
     monkeypatch.setattr(Site, "share", dies)
     run(folder, monkeypatch)

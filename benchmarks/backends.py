@@ -1,0 +1,117 @@
+"""A round of a whole federation by the backends of one process: processor time against `serial`.
+
+`python benchmarks/backends.py --model mlp --method fedistill` prints a JSON line for each backend:
+how often its time goes into that of `serial`, and how far its soft targets and weights are from
+those after the first round (later ones drift apart, as `serial` does from itself when its weights
+begin 1e-7 apart). All of a round counts: messages, codecs, combining, the steps of all clients.
+The backends take turns on one thread; each figure is of the fastest turn. The rows are those of
+`fd_round.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from functools import partial
+
+import numpy as np
+import torch
+
+from fedistill.backends.serial import Serial
+from fedistill.backends.vectorized import Vectorized
+from fedistill.client import Client
+from fedistill.distill.recipe import Recipe
+from fedistill.federation import Federation
+from fedistill.models import MLP, Linear
+from fedistill.presets import METHODS
+from fedistill.types import ProxySet, Rows
+
+INPUTS, CLASSES, OWN, PUBLIC = 784, 10, 200, 2000
+BUILDS = {
+    "mlp": partial(MLP, INPUTS, CLASSES, width=128),
+    "linear": partial(Linear, INPUTS, CLASSES),
+}
+BACKENDS = {"serial": Serial, "vectorized": Vectorized}
+
+
+def federation(model: str, clients: int, method: str) -> Federation:
+    """Clients of one model, without a student at the server."""
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(CLASSES, INPUTS))
+
+    def rows(count: int) -> Rows:
+        labels = random.integers(0, CLASSES, count)
+        return Rows((centres[labels] + 2 * random.normal(size=(count, INPUTS))), labels)
+
+    recipe = Recipe(epochs=1, batch_size=20, lr=0.05, momentum=0.9)
+    people = [Client(f"c{k}", BUILDS[model], rows(OWN), training=recipe) for k in range(clients)]
+    names = [str(label) for label in range(CLASSES)]
+    return Federation(
+        people, ProxySet(rows(PUBLIC).inputs), None, method, classes=names, seed=1, device="cpu"
+    )
+
+
+Weights = dict[str, np.ndarray]
+
+
+def second_round(
+    backend: str, model: str, clients: int, method: str
+) -> tuple[float, Federation, Weights]:
+    """Processor time of the first round with soft targets to learn from; weights before it."""
+    fed = federation(model, clients, method)
+    rounds = fed.run(3, backend=BACKENDS[backend], measure_every=99)
+    next(rounds)
+    weights = {
+        f"{name}.{key}": value
+        for name, site in fed.sites.items()
+        for key, value in site.learner.state_dict().items()
+        if key.startswith("net.")
+    }
+    began = time.process_time()
+    next(rounds)
+    return time.process_time() - began, fed, weights
+
+
+def apart(one: Federation, other: Federation) -> float:
+    """Largest difference of the soft targets of the first round, as clients were told them."""
+    pairs = [(site.targets, other.sites[name].targets) for name, site in one.sites.items()]
+    return max(float(np.abs(here - there).max()) for here, there in pairs)
+
+
+def main() -> None:
+    """Read the arguments and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=list(BUILDS), default="mlp")
+    parser.add_argument("--method", choices=list(METHODS), default="fedistill")
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--turns", type=int, default=3)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    best: dict[str, float] = {}
+    found: dict[str, Federation] = {}
+    held: dict[str, Weights] = {}
+    for _ in range(asked.turns):
+        for name in BACKENDS:
+            took, found[name], held[name] = second_round(
+                name, asked.model, asked.clients, asked.method
+            )
+            best[name] = min(took, best.get(name, took))
+    for name in BACKENDS:
+        gaps = [np.abs(value - held["serial"][key]).max() for key, value in held[name].items()]
+        line = {
+            "backend": name,
+            "model": asked.model,
+            "method": asked.method,
+            "clients": asked.clients,
+            "times_serial": round(best["serial"] / best[name], 2),
+            "dq": apart(found[name], found["serial"]),
+            "dw": float(max(gaps)),
+            "load": round(os.getloadavg()[0], 1),
+        }
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,328 @@
+"""One round of federated distillation by several engines: how much processor time each takes.
+
+`python benchmarks/fd_round.py --model mlp` prints a JSON line for each engine: `times_naive`, how
+often its time goes into that of the naive loop, and `times_bound`, how often the time that the
+matrix products alone would take goes into its own. The engines take turns on one thread; each
+figure is of the fastest turn, in processor time. Two minutes.
+
+The round: ten Gaussian classes in 784 dimensions; each client has 200 rows, 2,000 are public. A
+client trains one epoch on its rows (batches of 20, SGD, rate 0.05, momentum 0.9), predicts the
+public rows, and distils one epoch on the mean of all predictions (batches of 100, one order for
+all). All orders are drawn before. `naive` is a loop as in a tutorial, `serial` this package's
+student, one client after another, `vectorized` the kernels of that backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from fedistill.backends import kernels
+from fedistill.backends.kernels import Stack
+from fedistill.backends.precision import best_mode, matmul_precision
+from fedistill.backends.together import block_of
+from fedistill.distill.batches import Batch, Batches
+from fedistill.distill.recipe import Recipe
+from fedistill.distill.torch_student import TorchStudent
+from fedistill.losses import soft_cross_entropy
+from fedistill.models import MLP, Linear, parameter_count, threads
+
+INPUTS, CLASSES, OWN, PUBLIC, WIDTH = 784, 10, 200, 2000, 128
+BATCH, RATE, MOMENTUM, CHUNK = 20, 0.05, 0.9, 500
+BUILDS = {
+    "mlp": partial(MLP, INPUTS, CLASSES, width=WIDTH),
+    "linear": partial(Linear, INPUTS, CLASSES),
+}
+
+
+@dataclass
+class Task:
+    """The rows, the orders in which they are seen, and the weights to start from."""
+
+    build: Callable[[], nn.Module]
+    inputs: Tensor
+    """Own rows ``[clients, rows, in]``."""
+    labels: Tensor
+    proxy: Tensor
+    orders: Tensor
+    """Of own rows, ``[clients, rows]``."""
+    order: Tensor
+    """Of public rows, one for all."""
+    batch: int
+    """Public rows of a step."""
+    starts: list[list[Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+Outcome = tuple[Tensor, Tensor]
+"""Mean prediction ``[rows, classes]`` and all weights ``[clients, weights]``."""
+
+
+def task(model: str, clients: int, batch: int) -> Task:
+    """The standard round."""
+    random = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLASSES, INPUTS, generator=random)
+    draw = partial(torch.randn, generator=random)
+    labels = torch.randint(CLASSES, (clients, OWN), generator=random)
+    hidden = torch.randint(CLASSES, (PUBLIC,), generator=random)
+    torch.manual_seed(1)
+    return Task(
+        BUILDS[model],
+        centres[labels] + 2 * draw(clients, OWN, INPUTS),
+        labels,
+        centres[hidden] + 2 * draw(PUBLIC, INPUTS),
+        torch.stack([torch.randperm(OWN, generator=random) for _ in range(clients)]),
+        torch.randperm(PUBLIC, generator=random),
+        batch,
+        [[w.detach().clone() for w in BUILDS[model]().parameters()] for _ in range(clients)],
+    )
+
+
+def begin(given: Task, client: int) -> nn.Module:
+    """The model of a client as it starts."""
+    model = given.build()
+    with torch.no_grad():
+        for weight, value in zip(model.parameters(), given.starts[client], strict=True):
+            weight.copy_(value)
+    return model
+
+
+def flat(weights: list[Tensor]) -> Tensor:
+    """Weights of a model in one row."""
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+# --- engines -------------------------------------------------------------------------------------
+
+
+def naive(given: Task) -> Outcome:
+    """A module, a loader and an optimizer for each client and phase, as tutorials have it."""
+
+    def epoch(model: nn.Module, rows: Tensor, wanted: Tensor, order: Tensor, size: int) -> float:
+        loader = DataLoader(TensorDataset(rows, wanted), batch_size=size, sampler=order.tolist())
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
+        total = 0.0
+        model.train()
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+        return total
+
+    models, sums = [], torch.zeros(PUBLIC, CLASSES)
+    for client in range(len(given)):
+        model = begin(given, client)
+        epoch(model, given.inputs[client], given.labels[client], given.orders[client], BATCH)
+        model.eval()
+        with torch.no_grad():
+            sums += model(given.proxy).softmax(1)
+        models.append(model)
+    mean = sums / len(given)
+    for model in models:
+        epoch(model, given.proxy, mean, given.order, given.batch)
+    return mean, torch.stack([flat(list(model.parameters())) for model in models])
+
+
+def serial(given: Task) -> Outcome:
+    """This package's student, one client after another."""
+    recipe = Recipe(lr=RATE, momentum=MOMENTUM, clip=0.0, batch_size=BATCH)
+
+    def epoch(
+        student: TorchStudent, rows: Tensor, wanted: Tensor, order: Tensor, size: int
+    ) -> None:
+        steps = order.split(size)
+        even = torch.full((size,), 1 / size)
+
+        def make(step: int) -> Batch:
+            index = steps[step]
+            return Batch(rows[index], wanted[index], even, even, size)
+
+        def loss(part: Batch, whole: Batch) -> Tensor:
+            return soft_cross_entropy(student.module(part.inputs), part.targets, part.weight)
+
+        student.restart()
+        student._train(Batches(len(steps), size, make), loss, seed=0)
+
+    students, sums = [], torch.zeros(PUBLIC, CLASSES)
+    hot = F.one_hot(given.labels, CLASSES).float()
+    for client in range(len(given)):
+        student = TorchStudent(partial(begin, given, client), recipe, classes=CLASSES, seed=0)
+        epoch(student, given.inputs[client], hot[client], given.orders[client], BATCH)
+        sums += torch.from_numpy(student.predict(given.proxy.numpy())).softmax(1)
+        students.append(student)
+    mean = sums / len(given)
+    for student in students:
+        epoch(student, given.proxy, mean, given.order, given.batch)
+    return mean, torch.stack([flat(list(student.module.parameters())) for student in students])
+
+
+def vectorized(given: Task) -> Outcome:
+    """Blocks of clients side by side, the public rows in one product."""
+    size = sum(weight.numel() for weight in given.starts[0])
+    block = block_of(size)
+    stacks, sums = [], torch.zeros(PUBLIC, CLASSES)
+    even = torch.full((1, BATCH), 1 / BATCH)
+    with matmul_precision(best_mode()), torch.inference_mode():
+        hot = F.one_hot(given.labels, CLASSES).float()
+        for start in range(0, len(given), block):
+            stack = stacked(given.starts[start : start + block])
+            momentum = stack.zeros()
+            who = torch.arange(start, start + len(stack))[:, None]
+            for number, index in enumerate(given.orders[start : start + block].split(BATCH, 1)):
+                rows, wanted = given.inputs[who, index], hot[who, index]
+                step(stack, momentum, rows, wanted, even, MOMENTUM if number else 0.0)
+            for part in range(0, PUBLIC, CHUNK):
+                logits, _ = kernels.forward(stack, given.proxy[part : part + CHUNK])
+                sums[part : part + CHUNK] += logits.softmax(2).sum(0)
+            stacks.append(stack)
+        mean = sums / len(given)
+        even = torch.full((given.batch,), 1 / given.batch)
+        for stack in stacks:
+            momentum = stack.zeros()
+            for number, index in enumerate(given.order.split(given.batch)):
+                rows, wanted = given.proxy[index], mean[index]
+                step(stack, momentum, rows, wanted, even, MOMENTUM if number else 0.0)
+    return mean, torch.cat([unstacked(stack) for stack in stacks])
+
+
+def step(
+    stack: Stack, momentum: Stack, rows: Tensor, wanted: Tensor, weight: Tensor, keep: float
+) -> None:
+    """One step of momentum SGD for a block."""
+    logits, given = kernels.forward(stack, rows)
+    deltas = kernels.backward(stack, given, kernels.soft_delta(logits, wanted, weight))
+    kernels.accumulate(momentum, given, deltas, keep)
+    kernels.step(stack, momentum, RATE)
+
+
+def stacked(starts: list[list[Tensor]]) -> Stack:
+    """The weights of a block of clients."""
+    columns = [torch.stack(column) for column in zip(*starts, strict=True)]
+    return Stack(tuple(columns[::2]), tuple(columns[1::2]))
+
+
+def unstacked(stack: Stack) -> Tensor:
+    """All weights of a block, ``[clients, weights]``."""
+    pairs = zip(stack.weights, stack.biases, strict=True)
+    return torch.cat([tensor.flatten(1) for pair in pairs for tensor in pair], 1)
+
+
+ENGINES: dict[str, Callable[[Task], Outcome]] = {
+    "naive": naive,
+    "serial": serial,
+    "vectorized": vectorized,
+}
+
+
+# --- measuring -----------------------------------------------------------------------------------
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Processor time of a call."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def gemm_rate(size: int = 1024) -> float:
+    """Multiply-adds a second of the faster of two libraries, times two."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    best = 0.0
+    for mode in ("highest", "medium"):
+        with matmul_precision(mode):
+            took = min(seconds_of(partial(torch.mm, left, right)) for _ in range(4))
+            best = max(best, 2 * size**3 / took)
+    return best
+
+
+def flops(model: str, clients: int) -> int:
+    """Operations of the matrix products in a round; the first layer's input has no gradient."""
+    sizes = {"linear": [INPUTS, CLASSES], "mlp": [INPUTS, WIDTH, CLASSES]}[model]
+    products = [before * after for before, after in itertools.pairwise(sizes)]
+    trained = 2 * (3 * sum(products) - products[0])
+    return clients * (OWN * trained + PUBLIC * 2 * sum(products) + PUBLIC * trained)
+
+
+def resident() -> float:
+    """Megabytes of this process in memory."""
+    path = Path("/proc/self/statm")
+    pages = int(path.read_text().split()[1]) if path.exists() else 0
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def measure(model: str, clients: int, names: list[str], batch: int, turns: int) -> None:
+    """Print a line for each engine."""
+    given = task(model, clients, batch)
+    best: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    found: dict[str, Outcome] = {}
+    rate = 0.0
+    for _ in range(turns):
+        rate = max(rate, gemm_rate())
+        for name in names:
+            kept: list[Outcome] = []
+            took = seconds_of(lambda name=name, kept=kept: kept.append(ENGINES[name](given)))
+            best[name] = min(took, best.get(name, took))
+            memory[name] = max(resident(), memory.get(name, 0.0))
+            found[name] = kept[0]
+    bound = flops(model, clients) / rate
+    for name in names:
+        line = {
+            "engine": name,
+            "model": model,
+            "clients": clients,
+            "batch": batch,
+            "times_naive": round(best["naive"] / best[name], 2) if "naive" in best else None,
+            "times_bound": round(best[name] / bound, 2),
+            "dq": float((found[name][0] - found[names[0]][0]).abs().max()),
+            "dw": float((found[name][1] - found[names[0]][1]).abs().max()),
+            "rss_mb": round(memory[name]),
+            "load": round(os.getloadavg()[0], 1),
+            "weights": parameter_count(given.build()),
+            "gflops": round(rate / 1e9),
+            "mode": best_mode(),
+            "turns": turns,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    """Read the arguments and measure."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=list(BUILDS), default="mlp")
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--batch", type=int, default=100, help="public rows of a step")
+    parser.add_argument("--turns", type=int, default=5)
+    asked = parser.parse_args()
+    names = asked.engines.split(",")
+    unknown = [name for name in names if name not in ENGINES]
+    if unknown:
+        parser.error(f"unknown engines {unknown}, known are {list(ENGINES)}")
+    with threads(1):
+        measure(asked.model, asked.clients, names, asked.batch, asked.turns)
+
+
+if __name__ == "__main__":
+    main()

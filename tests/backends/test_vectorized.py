@@ -1,0 +1,221 @@
+"""Many clients at once say what they would say one after another, and what cannot does so alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+from builders import INPUTS, federation, gaussian, held_out, read_lines, write_settings
+from torch import nn
+
+from fedistill import config, experiment, models
+from fedistill.backends.serial import Serial
+from fedistill.backends.unreliable import unreliable
+from fedistill.backends.vectorized import Vectorized, alone
+from fedistill.client import Client
+from fedistill.distill.recipe import Recipe
+from fedistill.models import gradient_boosting
+from fedistill.presets import method
+from fedistill.wire.messages import Upload
+
+MLP = partial(models.MLP, INPUTS, 3, width=8)
+DEEP = partial(models.MLP, INPUTS, 3, width=6, depth=2)
+LINEAR = partial(models.Linear, INPUTS, 3)
+
+
+def people(count, build, recipe, rows=24):
+    """Clients of one kind with fewer rows the higher their number, and one without any."""
+    return [
+        Client(f"site-{k}", build, gaussian(0 if k == 3 else rows - 3 * k, k), training=recipe)
+        for k in range(count)
+    ]
+
+
+def after(backend, clients, chosen, rounds):
+    """Soft targets, weights and other state of clients after some rounds, and what they sent."""
+    fed = federation(clients, method=chosen, per_round=30, quorum=1)
+    rows = list(fed.run(rounds, backend=backend))
+    return fed, rows
+
+
+def compare(clients, chosen, rounds=2):
+    serial, one = after(Serial, clients, chosen, rounds)
+    fast, other = after(Vectorized, clients, chosen, rounds)
+    assert one[-1]["clients_ok"] == other[-1]["clients_ok"]
+    for name, site in serial.sites.items():
+        # Rounding may move a coded symbol: the codec here is exact.
+        np.testing.assert_allclose(fast.sites[name].targets, site.targets, atol=1e-5)
+        wanted, found = site.learner.state_dict(), fast.sites[name].learner.state_dict()
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            np.testing.assert_allclose(found[key], value, atol=5e-5, err_msg=f"{name} {key}")
+        assert fast.sites[name].learner.passed == site.learner.passed
+    return fast
+
+
+RECIPES = {
+    "plain": Recipe(epochs=1, batch_size=8, clip=0.0, momentum=0.9),
+    "clipped": Recipe(epochs=2, batch_size=8, clip=0.5, momentum=0.9),
+    "decayed": Recipe(epochs=1, batch_size=8, weight_decay=0.01, momentum=0.5, average=0.9),
+    "falling": Recipe(epochs=2, batch_size=8, schedule="cosine", momentum=0.0),
+    "mixed": Recipe(epochs=1, batch_size=8, mixup=0.5, temperature=2.0, calibrate=True),
+    "phase": Recipe(epochs=1, batch_size=8, distil="phase", temperature=3.0, momentum=0.9),
+    "never": Recipe(epochs=1, batch_size=8, distil="never"),
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("build", [LINEAR, MLP, DEEP], ids=["linear", "mlp", "deep"])
+def test_every_recipe_teaches_what_it_teaches_one_after_another(build, recipe):
+    chosen = dataclasses.replace(
+        method("ds-fl"), codec="float32", client={"distil": recipe.distil, "momentum": None}
+    )
+    compare(people(5, build, recipe), chosen)
+
+
+@pytest.mark.parametrize("name", ["fedistill", "fedmd", "ds-fl", "selective-fd", "fedema-distill"])
+def test_methods_give_what_they_give_one_after_another(name):
+    chosen = dataclasses.replace(method(name), codec="float32", cache=False)
+    fast = compare(people(4, MLP, Recipe(epochs=1, batch_size=8)), chosen)
+    assert not any("trained alone" in note for note in fast.notes)
+
+
+def test_a_phase_leaves_the_score_of_familiarity_and_its_momentum_alone():
+    chosen = dataclasses.replace(
+        method("fedistill"),
+        codec="float32",
+        cache=False,
+        client={"distil": "phase", "average": 0.9, "momentum": 0.9},
+    )
+    compare(people(5, MLP, Recipe(epochs=1, batch_size=8)), chosen, rounds=2)
+
+
+@pytest.mark.parametrize("count", [1, 3, 26])
+def test_blocks_of_any_size_and_a_smaller_last_one(count):
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32")
+    recipe = Recipe(epochs=1, batch_size=8)
+    clients = [Client(f"site-{k}", LINEAR, gaussian(12, k), training=recipe) for k in range(count)]
+    compare(clients, chosen)
+
+
+def test_uploads_have_the_same_shape_bytes_and_fields():
+    clients = people(4, MLP, Recipe(epochs=1, batch_size=8))
+    serial, one = after(Serial, clients, "fedistill", 3)
+    fast, other = after(Vectorized, clients, "fedistill", 3)
+    for name in serial.sites:
+        wanted = Upload.from_bytes(serial.sites[name].upload)
+        found = Upload.from_bytes(fast.sites[name].upload)
+        assert (found.shape, found.share, found.seen, found.size, found.familiarity) == (
+            (wanted.shape, wanted.share, wanted.seen, wanted.size, wanted.familiarity)
+        )
+    for a, b in zip(one, other, strict=True):
+        assert b["clients_ok"] == a["clients_ok"]
+        assert b["bytes_up"] == pytest.approx(a["bytes_up"], rel=0.05)
+
+
+class Own(nn.Module):
+    """A module that no kernel knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(INPUTS, 3)
+        self.norm = nn.BatchNorm1d(INPUTS)
+
+    def forward(self, inputs):
+        return self.head(self.norm(inputs))
+
+
+def test_what_has_no_kernel_is_asked_alone_to_the_same_bytes_and_the_run_says_so():
+    recipe = Recipe(epochs=1, batch_size=8)
+    adam = dataclasses.replace(recipe, optimizer="adam")
+    clients = [
+        Client("own", Own, gaussian(20, 0), training=recipe),
+        Client("trees", gradient_boosting, gaussian(20, 1), training=recipe),
+        Client("adam", MLP, gaussian(20, 2), training=adam),
+        Client("known", MLP, gaussian(20, 3), training=recipe),
+    ]
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32", client={"distil": "inside"})
+    serial, _ = after(Serial, clients, chosen, 1)
+    fast, _ = after(Vectorized, clients, chosen, 1)
+    for name in ("own", "trees", "adam"):
+        sent = [Upload.from_bytes(fed.sites[name].upload).payload for fed in (serial, fast)]
+        assert sent[0] == sent[1]
+        assert alone(fast.sites[name])
+        assert any(name in note and "trained alone" in note for note in fast.notes)
+    assert not alone(fast.sites["known"])
+    assert not any("known" in note for note in fast.notes)
+
+
+def test_tables_are_exchanged_as_by_the_serial_backend():
+    clients = people(3, MLP, Recipe(epochs=1, batch_size=8))
+    serial, _ = after(Serial, clients, "fedproto", 2)
+    fast, _ = after(Vectorized, clients, "fedproto", 2)
+    assert serial.server.digest() == fast.server.digest()
+    assert any("tables" in note for note in fast.notes)
+
+
+def test_two_clients_of_different_kinds_are_not_mixed():
+    recipe = Recipe(epochs=1, batch_size=8)
+    other = dataclasses.replace(recipe, lr=0.02)
+    clients = [
+        Client(f"site-{k}", [MLP, LINEAR, DEEP][k % 3], gaussian(20, k), training=one)
+        for k, one in enumerate([recipe, recipe, recipe, other, other, recipe, recipe])
+    ]
+    compare(clients, dataclasses.replace(method("ds-fl"), codec="float32"))
+
+
+def test_a_refusal_is_a_failure_and_the_others_go_on():
+    fed = federation(people(3, MLP, Recipe(epochs=1, batch_size=8)), method="ds-fl", quorum=1)
+
+    class Spoilt(Vectorized):
+        def run(self, plan):
+            weight = self.sites["site-1"].learner.module.head.weight
+            weight.data.fill_(float("nan"))
+            yield from super().run(plan)
+
+    (row,) = fed.run(1, backend=Spoilt)
+    assert row["clients_ok"] == 2
+    assert row["dropped"] == {"site-1": "nonfinite"}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_targets(tmp_path):
+    clients = people(5, MLP, Recipe(epochs=1, batch_size=8))
+
+    def run(rounds, folder, resume=False):
+        fed = federation(clients, method="fedistill", per_round=30)
+        list(fed.run(rounds, held_out(), out=folder, resume=resume, backend=Vectorized))
+        return fed.server.digest()
+
+    whole = run(4, tmp_path / "whole")
+    run(2, tmp_path / "parts")
+    assert run(4, tmp_path / "parts", resume=True) == whole
+    lines = [read_lines(tmp_path / name / "rounds.jsonl") for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+def test_lost_clients_are_lost_as_with_the_serial_backend():
+    clients = people(5, MLP, Recipe(epochs=1, batch_size=8))
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32")
+    loses = partial(unreliable, seed=3, dropout=0.3, stragglers=0.3)
+    _, one = after(loses(Serial), clients, chosen, 3)
+    _, other = after(loses(Vectorized), clients, chosen, 3)
+    assert [row["dropped"] for row in one] == [row["dropped"] for row in other]
+
+
+def test_settings_name_the_backend_and_the_summary_tells_it(tmp_path):
+    settings = write_settings(tmp_path, rounds=2)
+    serial = experiment.run(settings, out=tmp_path / "serial")
+    given = ["backend.name=vectorized"]
+    fast = experiment.run(settings, overrides=given, out=tmp_path / "fast")
+    assert (serial["backend"], fast["backend"]) == ("serial", "vectorized")
+    assert fast["student_accuracy"] == pytest.approx(serial["student_accuracy"], abs=0.1)
+    again = experiment.run(settings, overrides=given, out=tmp_path / "again")
+    assert again["soft_targets_sha256"] == fast["soft_targets_sha256"]
+
+
+def test_lost_clients_and_streams_may_be_simulated_by_it(tmp_path):
+    settings = write_settings(tmp_path, rounds=2)
+    given = ["backend.name=vectorized", "clients.dropout=0.1"]
+    assert config.load(settings, given).backend.name == "vectorized"
