@@ -119,7 +119,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> None:
     done = turn = 0
     while done < kills:
         out = folder / f"run-{turn}"
-        for _ in range(int(random.integers(1, 5))):
+        for _ in range(int(random.integers(3, 9))):
             done += runner.cut(out, float(random.uniform(0.05, 0.95)) * seconds)
             for site in sorted((out / "sites").glob("*")):
                 check_site(site)
