@@ -8,6 +8,7 @@ with the generation before it. Ledger and releases lie beside it, see
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fedistill.wire.messages import Plan
 from fedistill.wire.shelf import Shelf
 
 
-class Kept:
+class Kept(ABC):
     """The part of a :class:`fedistill.client.Site` that is written to disk and read again.
 
     Attributes:
@@ -61,13 +62,13 @@ class Kept:
     told: Shelf | None
     said: Said | None
 
+    @abstractmethod
     def _begin(self) -> None:
         """As before the first round."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _turn_to(self, position: int) -> None:
         """The rows that count as own from now on."""
-        raise NotImplementedError
 
     # --- where ---------------------------------------------------------------------------------
 
