@@ -1,35 +1,62 @@
 """One round of federated distillation by several engines: how much processor time each takes.
 
-`python benchmarks/fd_round.py --model mlp` prints a JSON line for each engine: `times_naive`, how
-often its time goes into that of the naive loop, and `times_bound`, how often the time that the
-matrix products alone would take goes into its own. The engines take turns on one thread; each
-figure is of the fastest turn, in processor time. Two minutes.
+`python benchmarks/fd_round.py --model mlp` prints a JSON line for each engine:
 
-The round: ten Gaussian classes in 784 dimensions; each client has 200 rows, 2,000 are public. A
-client trains one epoch on its rows (batches of 20, SGD, rate 0.05, momentum 0.9), predicts the
-public rows, and distils one epoch on the mean of all predictions (batches of 100, one order for
-all). All orders are drawn before. `naive` is a loop as in a tutorial, `serial` this package's
-student, one client after another, `vectorized` the kernels of that backend.
+- `times_naive`: how often its time goes into that of the naive loop; `wall_times_naive` likewise on
+  the clock. To compare two engines, divide their figures.
+- `times_bound`: how often the time that `bound.py` holds possible on one core goes into its own.
+- `dq`, `dw`: the largest difference of the mean prediction, and of any weight, from the first engine.
+- `rss_mb`: megabytes that it needed at its peak, beyond what the process held with the task ready.
+- `cpu`, `wall`: seconds of the fastest turn; `path`: processor time of the engine's own process and
+  of the busiest that it started, which is what the clock would show if each had a core; `first`:
+  seconds until the first round was done, from nothing.
+
+Engines work in turns, each in processes of its own (`turns.py`), on the round of `task.py`. Times
+are processor time of all processes of an engine on one torch thread each. Two minutes.
+
+`naive` is a loop as in a tutorial: a module, a loader and an optimizer for each client and phase,
+ReLU before the pool, all public rows predicted at once. `serial` is this package's student, one
+client after another. `vectorized` are the kernels of that backend (Linear and MLP). `processes` is
+the fastest of these for the model on `--workers` processes (`split.py`). `flower` and `blazefl` are
+other simulators on the same round (`peers/`), skipped with a line that says so where they are not
+installed.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
+import bound
 import numpy as np
+import peers
 import torch
+from split import split
+from task import (
+    BATCH,
+    CLASSES,
+    MODELS,
+    MOMENTUM,
+    PUBLIC,
+    RATE,
+    Engine,
+    Outcome,
+    Round,
+    Task,
+    begin,
+    flat,
+    task,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from turns import measure
 
 from fedistill.backends import kernels
 from fedistill.backends.kernels import Stack
@@ -39,73 +66,10 @@ from fedistill.distill.batches import Batch, Batches
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.losses import soft_cross_entropy
-from fedistill.models import MLP, Linear, parameter_count, threads
+from fedistill.models import parameter_count, threads
 
-INPUTS, CLASSES, OWN, PUBLIC, WIDTH = 784, 10, 200, 2000, 128
-BATCH, RATE, MOMENTUM, CHUNK = 20, 0.05, 0.9, 500
-BUILDS = {
-    "mlp": partial(MLP, INPUTS, CLASSES, width=WIDTH),
-    "linear": partial(Linear, INPUTS, CLASSES),
-}
-
-
-@dataclass
-class Task:
-    """The rows, the orders in which they are seen, and the weights to start from."""
-
-    build: Callable[[], nn.Module]
-    inputs: Tensor
-    """Own rows ``[clients, rows, in]``."""
-    labels: Tensor
-    proxy: Tensor
-    orders: Tensor
-    """Of own rows, ``[clients, rows]``."""
-    order: Tensor
-    """Of public rows, one for all."""
-    batch: int
-    """Public rows of a step."""
-    starts: list[list[Tensor]]
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-
-Outcome = tuple[Tensor, Tensor]
-"""Mean prediction ``[rows, classes]`` and all weights ``[clients, weights]``."""
-
-
-def task(model: str, clients: int, batch: int) -> Task:
-    """The standard round."""
-    random = torch.Generator().manual_seed(0)
-    centres = torch.randn(CLASSES, INPUTS, generator=random)
-    draw = partial(torch.randn, generator=random)
-    labels = torch.randint(CLASSES, (clients, OWN), generator=random)
-    hidden = torch.randint(CLASSES, (PUBLIC,), generator=random)
-    torch.manual_seed(1)
-    return Task(
-        BUILDS[model],
-        centres[labels] + 2 * draw(clients, OWN, INPUTS),
-        labels,
-        centres[hidden] + 2 * draw(PUBLIC, INPUTS),
-        torch.stack([torch.randperm(OWN, generator=random) for _ in range(clients)]),
-        torch.randperm(PUBLIC, generator=random),
-        batch,
-        [[w.detach().clone() for w in BUILDS[model]().parameters()] for _ in range(clients)],
-    )
-
-
-def begin(given: Task, client: int) -> nn.Module:
-    """The model of a client as it starts."""
-    model = given.build()
-    with torch.no_grad():
-        for weight, value in zip(model.parameters(), given.starts[client], strict=True):
-            weight.copy_(value)
-    return model
-
-
-def flat(weights: list[Tensor]) -> Tensor:
-    """Weights of a model in one row."""
-    return torch.cat([weight.detach().flatten() for weight in weights])
+CHUNK = 500
+"""Public rows that the kernels predict at a time."""
 
 
 # --- engines -------------------------------------------------------------------------------------
@@ -129,13 +93,13 @@ def naive(given: Task) -> Outcome:
 
     models, sums = [], torch.zeros(PUBLIC, CLASSES)
     for client in range(len(given)):
-        model = begin(given, client)
+        model = begin(given.plain, given.starts[client])
         epoch(model, given.inputs[client], given.labels[client], given.orders[client], BATCH)
         model.eval()
         with torch.no_grad():
             sums += model(given.proxy).softmax(1)
         models.append(model)
-    mean = sums / len(given)
+    mean = given.mean(sums)
     for model in models:
         epoch(model, given.proxy, mean, given.order, given.batch)
     return mean, torch.stack([flat(list(model.parameters())) for model in models])
@@ -164,11 +128,11 @@ def serial(given: Task) -> Outcome:
     students, sums = [], torch.zeros(PUBLIC, CLASSES)
     hot = F.one_hot(given.labels, CLASSES).float()
     for client in range(len(given)):
-        student = TorchStudent(partial(begin, given, client), recipe, classes=CLASSES, seed=0)
+        student = TorchStudent(partial(begin, given.build, given.starts[client]), recipe, classes=CLASSES, seed=0)
         epoch(student, given.inputs[client], hot[client], given.orders[client], BATCH)
         sums += torch.from_numpy(student.predict(given.proxy.numpy())).softmax(1)
         students.append(student)
-    mean = sums / len(given)
+    mean = given.mean(sums)
     for student in students:
         epoch(student, given.proxy, mean, given.order, given.batch)
     return mean, torch.stack([flat(list(student.module.parameters())) for student in students])
@@ -193,7 +157,7 @@ def vectorized(given: Task) -> Outcome:
                 logits, _ = kernels.forward(stack, given.proxy[part : part + CHUNK])
                 sums[part : part + CHUNK] += logits.softmax(2).sum(0)
             stacks.append(stack)
-        mean = sums / len(given)
+        mean = given.mean(sums)
         even = torch.full((given.batch,), 1 / given.batch)
         for stack in stacks:
             momentum = stack.zeros()
@@ -225,81 +189,76 @@ def unstacked(stack: Stack) -> Tensor:
     return torch.cat([tensor.flatten(1) for pair in pairs for tensor in pair], 1)
 
 
-ENGINES: dict[str, Callable[[Task], Outcome]] = {
-    "naive": naive,
-    "serial": serial,
-    "vectorized": vectorized,
-}
+FASTEST = {"mlp": vectorized, "linear": vectorized, "lenet": serial, "cnn": serial}
+"""What `processes` runs in its workers, by model."""
 
 
-# --- measuring -----------------------------------------------------------------------------------
+@contextmanager
+def steady(once: Callable[[Task], Outcome], given: Task) -> Iterator[Round]:
+    """An engine that keeps nothing between rounds."""
+    yield partial(once, given)
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Processor time of a call."""
-    began = time.process_time()
-    work()
-    return time.process_time() - began
+def engines(model: str, workers: int) -> dict[str, Engine]:
+    """Ours by name, for this model."""
+    able = [naive, serial, *([vectorized] if model in ("mlp", "linear") else [])]
+    made: dict[str, Engine] = {once.__name__: partial(steady, once) for once in able}
+    return made | {"processes": partial(split, FASTEST[model], workers)}
 
 
-def gemm_rate(size: int = 1024) -> float:
-    """Multiply-adds a second of the faster of two libraries, times two."""
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    best = 0.0
-    for mode in ("highest", "medium"):
-        with matmul_precision(mode):
-            took = min(seconds_of(partial(torch.mm, left, right)) for _ in range(4))
-            best = max(best, 2 * size**3 / took)
-    return best
-
-
-def flops(model: str, clients: int) -> int:
-    """Operations of the matrix products in a round; the first layer's input has no gradient."""
-    sizes = {"linear": [INPUTS, CLASSES], "mlp": [INPUTS, WIDTH, CLASSES]}[model]
-    products = [before * after for before, after in itertools.pairwise(sizes)]
-    trained = 2 * (3 * sum(products) - products[0])
-    return clients * (OWN * trained + PUBLIC * 2 * sum(products) + PUBLIC * trained)
-
-
-def resident() -> float:
-    """Megabytes of this process in memory."""
-    path = Path("/proc/self/statm")
-    pages = int(path.read_text().split()[1]) if path.exists() else 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def measure(model: str, clients: int, names: list[str], batch: int, turns: int) -> None:
-    """Print a line for each engine."""
-    given = task(model, clients, batch)
-    best: dict[str, float] = {}
-    memory: dict[str, float] = {}
-    found: dict[str, Outcome] = {}
-    rate = 0.0
-    for _ in range(turns):
-        rate = max(rate, gemm_rate())
-        for name in names:
-            kept: list[Outcome] = []
-            took = seconds_of(lambda name=name, kept=kept: kept.append(ENGINES[name](given)))
-            best[name] = min(took, best.get(name, took))
-            memory[name] = max(resident(), memory.get(name, 0.0))
-            found[name] = kept[0]
-    bound = flops(model, clients) / rate
+def main() -> None:
+    """Read the arguments, measure, and print a line for each engine."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", choices=list(MODELS), default="mlp")
+    parser.add_argument("--clients", type=int, default=100)
+    parser.add_argument("--engines", help="with commas between; without: all that are ours")
+    parser.add_argument("--batch", type=int, default=100, help="public rows of a step")
+    parser.add_argument("--turns", type=int, default=5, help="rounds of each after its first")
+    parser.add_argument("--workers", type=int, default=2, help="of processes, flower and blazefl")
+    asked = parser.parse_args()
+    ours = engines(asked.model, asked.workers)
+    names = asked.engines.split(",") if asked.engines else list(ours)
+    known = ours | peers.engines(asked.model, asked.clients, asked.batch, asked.workers)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown engines {unknown} for {asked.model}, known are {list(known)}")
     for name in names:
+        if why := peers.absent(name):
+            print(json.dumps({"engine": name, "skipped": why}), flush=True)
+    names = [name for name in names if not peers.absent(name)]
+    with threads(1):
+        machine = bound.measure()
+
+        def between() -> None:
+            nonlocal machine
+            machine = machine.faster(bound.measure())
+
+        make = partial(task, asked.model, asked.clients, asked.batch)
+        found = measure({name: known[name] for name in names}, make, asked.turns, between)
+    least = bound.seconds(asked.model, asked.clients, asked.batch, machine)
+    for name, figures in found.items():
+        against = found.get("naive")
         line = {
             "engine": name,
-            "model": model,
-            "clients": clients,
-            "batch": batch,
-            "times_naive": round(best["naive"] / best[name], 2) if "naive" in best else None,
-            "times_bound": round(best[name] / bound, 2),
-            "dq": float((found[name][0] - found[names[0]][0]).abs().max()),
-            "dw": float((found[name][1] - found[names[0]][1]).abs().max()),
-            "rss_mb": round(memory[name]),
+            "model": asked.model,
+            "clients": asked.clients,
+            "batch": asked.batch,
+            "times_naive": against and round(against.cpu / figures.cpu, 2),
+            "wall_times_naive": against and round(against.wall / figures.wall, 2),
+            "times_bound": round(figures.cpu / least, 2),
+            "dq": apart(figures.found[0], found[names[0]].found[0]),
+            "dw": apart(figures.found[1], found[names[0]].found[1]),
+            "rss_mb": round(figures.memory),
+            "cpu": round(figures.cpu, 4),
+            "path": round(figures.path, 4),
+            "wall": round(figures.wall, 4),
+            "first": round(figures.first, 2),
             "load": round(os.getloadavg()[0], 1),
-            "weights": parameter_count(given.build()),
-            "gflops": round(rate / 1e9),
+            "weights": parameter_count(MODELS[asked.model][1]()),
+            "gflops": round(machine.flops / 1e9),
+            "gbytes": round(machine.bytes / 1e9, 1),
             "mode": best_mode(),
-            "turns": turns,
+            "workers": asked.workers if name in ("processes", "flower", "blazefl") else 1,
+            "turns": asked.turns,
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
@@ -307,21 +266,9 @@ def measure(model: str, clients: int, names: list[str], batch: int, turns: int) 
         print(json.dumps(line), flush=True)
 
 
-def main() -> None:
-    """Read the arguments and measure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", choices=list(BUILDS), default="mlp")
-    parser.add_argument("--clients", type=int, default=100)
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("--batch", type=int, default=100, help="public rows of a step")
-    parser.add_argument("--turns", type=int, default=5)
-    asked = parser.parse_args()
-    names = asked.engines.split(",")
-    unknown = [name for name in names if name not in ENGINES]
-    if unknown:
-        parser.error(f"unknown engines {unknown}, known are {list(ENGINES)}")
-    with threads(1):
-        measure(asked.model, asked.clients, names, asked.batch, asked.turns)
+def apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference."""
+    return float((one - other).abs().max())
 
 
 if __name__ == "__main__":
