@@ -59,7 +59,10 @@ class Runner:
     def __init__(self, build: Engine, make: Callable[[], Task], folder: Path) -> None:
         self.line, theirs = CONTEXT.Pipe()
         self.file = folder / f"{id(self)}.pt"
-        self.process = CONTEXT.Process(target=work, args=(theirs, build, make, self.file))
+        # pfl takes a process of any other name for a loader's worker.
+        self.process = CONTEXT.Process(
+            target=work, args=(theirs, build, make, self.file), name="MainProcess"
+        )
         self.process.start()
         theirs.close()
         self._hear()  # that it has the task
