@@ -6,6 +6,7 @@ What a buffer offers its users is in :mod:`fedistill.continual.buffer`.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from fedistill.continual.means import ClassMeans
 from fedistill.continual.policies import Candidates, Policy, stay
@@ -71,17 +72,18 @@ class Held:
         held, count = len(self), len(rows["labels"])
         if not count:
             return 0
-        full = held + count > self.capacity
-        keep = self._choose(rows) if full else np.arange(held + count)
-        stays, comes = keep[keep < held], keep[keep >= held] - held
-        leaves = np.delete(self._slots, stays)
-        self._table.clear(leaves)
-        slots = self._table.free(len(comes))
-        self._table.put(slots, rows_of(rows, comes))
-        self._slots = np.concatenate([self._slots[stays], slots])
-        return len(comes)
+        if held + count > self.capacity:
+            keep = self._choose(rows)
+            stays, comes = keep[:held], np.flatnonzero(keep[held:])
+            self._table.clear(self._slots[~stays])
+            self._slots, rows = self._slots[stays], rows_of(rows, comes)
+            count = len(comes)
+        slots = self._table.free(count)
+        self._table.put(slots, rows)
+        self._slots = np.concatenate([self._slots, slots])
+        return count
 
-    def _choose(self, rows: Columns) -> IntArray:
+    def _choose(self, rows: Columns) -> npt.NDArray[np.bool_]:
         """Which of the rows held and those that come stay; thresholds rise to the others."""
         names = ["labels", "uniform", "numbers"]
         names += ["keys"] if self.policy.lifelong else [n for n in ("features",) if n in rows]
@@ -91,10 +93,12 @@ class Held:
             both = {name: np.concatenate([held[name], both[name]]) for name in names}
         keys = both["keys"] if self.policy.lifelong else self._keys(both)
         by_class = self.policy.by_class
-        keep = stay(keys, both["uniform"], both["labels"], self.capacity, by_class=by_class)
+        keep = np.zeros(len(keys), dtype=bool)
+        keep[stay(keys, both["uniform"], both["labels"], self.capacity, by_class=by_class)] = True
         if self.policy.lifelong:
-            groups = np.delete(self._groups(both["labels"]), keep)
-            self._thresholds.lift(groups, np.delete(keys, keep), np.delete(both["uniform"], keep))
+            gone = ~keep
+            groups = self._groups(both["labels"][gone])
+            self._thresholds.lift(groups, keys[gone], both["uniform"][gone])
         return keep
 
     def _rebuild(self, capacity: int) -> None:

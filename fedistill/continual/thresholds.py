@@ -53,5 +53,8 @@ class Thresholds:
         keys = np.concatenate([self.keys, keys])
         uniform = np.concatenate([self.uniform, uniform])
         order = np.lexsort((uniform, keys, groups))
-        last = order[np.flatnonzero(np.r_[groups[order][1:] != groups[order][:-1], True])]
+        ordered = groups[order]
+        largest = np.ones(len(order), dtype=bool)
+        np.not_equal(ordered[1:], ordered[:-1], out=largest[:-1])
+        last = order[largest]
         self.groups, self.keys, self.uniform = groups[last], keys[last], uniform[last]
