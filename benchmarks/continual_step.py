@@ -1,21 +1,24 @@
-"""What a step of incremental learning costs: DER++ here against a plain torch loop.
+"""What a step of incremental learning costs: DER++ here against a plain torch loop and avalanche.
 
 `python benchmarks/continual_step.py` prints JSON lines: a line for each run (processor seconds of
-training, accuracy after the last experience), the two in turns, then a line with the best of each
-and their ratio. Split-MNIST, five experiences of two classes, 200 remembered rows, an MLP
+training, accuracy after the last experience), in turns, then a line with the best of each and the
+ratios of ours to theirs. Split-MNIST, five experiences of two classes, 200 remembered rows, an MLP
 784-100-100-10, one pass in batches of 10, two draws of 128 rows from memory. The plain loop has
-Vitter's reservoir without loops over rows and one forward pass for all rows of a step. `--quick`
-takes a tenth of the rows. One thread; needs the idx files of MNIST under $FEDISTILL_DATA. Beside
-others' work the seconds of both grow: look at the ratio.
+Vitter's reservoir without loops over rows and one forward pass for all rows of a step; avalanche is
+as `peers/avalanche_der.py` says, and left out where it is not installed. `--quick` takes a tenth of
+the rows. One thread; needs the idx files of MNIST under $FEDISTILL_DATA. Beside others' work the
+seconds of all grow: look at the ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -126,6 +129,27 @@ def ours(stream: Sequence[Experience], seed: int) -> Trained:
     return seconds, lambda rows: torch.from_numpy(student.predict(rows.numpy()))
 
 
+# --- avalanche -----------------------------------------------------------------------------------
+
+
+def avalanche(stream: Sequence[Experience], seed: int) -> Trained:
+    """DER++ as avalanche has it."""
+    from peers.avalanche_der import trained
+
+    torch.manual_seed(seed)
+    module = MLP(784, 10, width=100, depth=2)
+    return trained(
+        stream,
+        module,
+        memory=MEMORY,
+        batch=BATCH,
+        replayed=REPLAYED,
+        rate=LR,
+        alpha=ALPHA,
+        beta=BETA,
+    )
+
+
 def accuracy(predict: Callable[[Tensor], Tensor], stream: Sequence[Experience]) -> float:
     """Percent of test rows that are right, mean over the experiences."""
     right = []
@@ -138,7 +162,7 @@ def accuracy(predict: Callable[[Tensor], Tensor], stream: Sequence[Experience]) 
 
 
 def main() -> None:
-    """Both in turns, a line each, then the ratio."""
+    """All in turns, a line each, then the ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--turns", type=int, default=2, help="runs of each (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tenth of the training rows")
@@ -146,6 +170,11 @@ def main() -> None:
     train, test = mnist("train", 10 if given.quick else 1), mnist("t10k", 1)
     stream = experiences("class-incremental", train, test, 5, shuffle=False)
     ways = {"plain": plain, "ours": ours}
+    if find_spec("avalanche") is not None:
+        ways["avalanche"] = avalanche
+    else:
+        why = "avalanche is not installed: see peers/avalanche_der.py"
+        print(json.dumps({"loop": "avalanche", "skipped": why}), flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     right: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(given.turns):
@@ -158,8 +187,10 @@ def main() -> None:
     best = {name: min(values) for name, values in seconds.items()}
     summary = {f"{name}_cpu_seconds": round(value, 2) for name, value in best.items()}
     summary |= {f"{name}_accuracy": round(float(np.mean(right[name])), 2) for name in ways}
-    ratio = {"ratio": round(best["ours"] / best["plain"], 3), "quick": given.quick}
-    print(json.dumps(summary | ratio | {"rows": len(train), "torch": torch.__version__}))
+    for name in ways.keys() - {"ours"}:
+        summary[f"of_{name}"] = round(best["ours"] / best[name], 3)
+    about = {"quick": given.quick, "rows": len(train), "load": round(os.getloadavg()[0], 1)}
+    print(json.dumps(summary | about | {"torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -128,7 +128,9 @@ def serial(given: Task) -> Outcome:
     students, sums = [], torch.zeros(PUBLIC, CLASSES)
     hot = F.one_hot(given.labels, CLASSES).float()
     for client in range(len(given)):
-        student = TorchStudent(partial(begin, given.build, given.starts[client]), recipe, classes=CLASSES, seed=0)
+        student = TorchStudent(
+            partial(begin, given.build, given.starts[client]), recipe, classes=CLASSES, seed=0
+        )
         epoch(student, given.inputs[client], hot[client], given.orders[client], BATCH)
         sums += torch.from_numpy(student.predict(given.proxy.numpy())).softmax(1)
         students.append(student)

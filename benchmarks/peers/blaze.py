@@ -94,7 +94,6 @@ class Handler(BaseServerHandler[Up, Down]):
         return False
 
 
-
 class Trainer(ThreadPoolClientTrainer[Up, Down]):
     """The clients, on threads."""
 
