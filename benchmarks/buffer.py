@@ -1,12 +1,12 @@
 """What a memory costs: microseconds to add rows and to draw some, by policy and size of batch.
 
-`python benchmarks/buffer.py` prints a JSON line for each policy, capacity and batch: microseconds of
-processor time of an `add` of the batch and of a `draw` of 128 rows, and how often they go into those
-of `loop`, algorithm R with a Python loop over rows as in mammoth's buffer. Rows are 1x28x28 float32
-with ten logits. Buffers take turns; each figure is of the fastest turn, once 2,000 rows were there,
-when most rows are refused (`recent` and `herding` refuse none). `avalanche` is its reservoir as a
-loop over small experiences uses it, in lines that are left out where it is not installed: pip
-install avalanche-lib==0.6.0 torchvision. A minute.
+`python benchmarks/buffer.py` prints a JSON line for each policy, capacity and batch: microseconds
+of processor time of an `add` of the batch and of a `draw` of 128 rows, and how often they go into
+those of `loop`, algorithm R with a Python loop over rows as in mammoth's buffer. Rows are 1x28x28
+float32 with ten logits. Buffers take turns; each figure is of the fastest turn, once 2,000 rows
+were there, when most rows are refused (`recent` and `herding` refuse none). Of the policies herding
+alone has a loop over rows: it is greedy. `avalanche` is its reservoir as a loop over small
+experiences uses it, left out where it is not installed (`peers/avalanche_der.py`). Half a minute.
 """
 
 from __future__ import annotations

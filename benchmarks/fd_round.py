@@ -5,7 +5,8 @@
 - `times_naive`: how often its time goes into that of the naive loop; `wall_times_naive` likewise on
   the clock. To compare two engines, divide their figures.
 - `times_bound`: how often the time that `bound.py` holds possible on one core goes into its own.
-- `dq`, `dw`: the largest difference of the mean prediction, and of any weight, from the first engine.
+- `dq`, `dw`: the largest difference of the mean prediction, and of any weight, from those of the
+  first engine.
 - `rss_mb`: megabytes that it needed at its peak, beyond what the process held with the task ready.
 - `cpu`, `wall`: seconds of the fastest turn; `path`: processor time of the engine's own process and
   of the busiest that it started, which is what the clock would show if each had a core; `first`:
@@ -28,7 +29,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
