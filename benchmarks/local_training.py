@@ -1,12 +1,11 @@
 """Local training alone, per user: a plain loop, this package's kernels, and pfl-research.
 
-`python benchmarks/local_training.py --model mlp` prints a JSON line for each engine: milliseconds of
-processor time a user, how often that goes into the plain loop's (`times_loop`), how far the mean of
-all trained weights is from the first engine's. One round of FedAvg's local part on the rows of
-`task.py`: all users begin with the same weights and train one epoch, batches of 20, rate 0.05,
-without momentum (pfl has no algorithm of federated distillation to compare with). In turns, each in
-a process of its own, the fastest turn. Half a minute. `pfl` is skipped where it is not installed:
-pip install pfl==0.6.0
+`python benchmarks/local_training.py --model mlp` prints a JSON line for each engine: milliseconds
+of processor time a user, how often that goes into the plain loop's (`times_loop`), how far the mean
+of all trained weights is from the loop's. One round of FedAvg on the rows of `task.py`: all users
+begin with the same weights and train one epoch, batches of 20, rate 0.05, without momentum (pfl has
+no algorithm of federated distillation to compare with). In turns, each in a process of its own, the
+fastest turn. Half a minute. `pfl` is skipped where it is not installed: pip install pfl==0.6.0
 """
 
 from __future__ import annotations

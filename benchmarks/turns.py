@@ -217,7 +217,7 @@ def peak_of(numbers: list[int]) -> float:
 def told(file: str, field: str) -> float:
     """A figure of what the system says of a process, in megabytes; 0 where it does not."""
     try:
-        found = re.search(rf"^{field}:\s+(\d+)", (Path("/proc") / file).read_text(), re.M)
+        found = re.search(rf"^{field}:\s+(\d+)", (Path("/proc") / file).read_text(), re.MULTILINE)
     except OSError:
         return 0.0
     return int(found[1]) / 1024 if found else 0.0

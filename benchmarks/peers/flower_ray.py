@@ -1,9 +1,10 @@
 """Flower's simulation engine (Ray) on the standard round: https://flower.ai, `flwr[simulation]`.
 
-Written as its documentation writes a custom loop: a `ClientApp` that trains when a message comes and
-keeps its model in `context.state`, a `ServerApp` that sends to all nodes and takes the mean of what
-comes back. As many actors as workers, with one core each. Every actor makes the rows of the task
-once. The simulation runs in a thread, and a round of the `ServerApp` waits until it is asked for.
+Written as its documentation writes a custom loop: a `ClientApp` that trains when a message comes
+and keeps its model in `context.state`, a `ServerApp` that sends to all nodes and takes the mean of
+what comes back. As many actors as workers, with one core each. Every actor makes the rows of the
+task once. The simulation runs in a thread, and a round of the `ServerApp` waits until it is asked
+for.
 """
 
 from __future__ import annotations
