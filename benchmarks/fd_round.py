@@ -17,10 +17,10 @@ are processor time of all processes of an engine on one torch thread each. Two m
 
 `naive` is a loop as in a tutorial: a module, a loader and an optimizer for each client and phase,
 ReLU before the pool, all public rows predicted at once. `serial` is this package's student, one
-client after another. `vectorized` are the kernels of that backend (Linear and MLP). `processes` is
-the fastest of these for the model on `--workers` processes (`split.py`). `flower` and `blazefl` are
-other simulators on the same round (`peers/`), skipped with a line that says so where they are not
-installed.
+client after another. `vectorized` are the kernels of that backend, for models that it has some for.
+`processes` is the faster of the two on `--workers` processes (`split.py`). `flower` and `blazefl`
+are other simulators on the same round (`peers/`). What is not there is skipped, with a line that
+says why.
 """
 
 from __future__ import annotations
@@ -191,8 +191,8 @@ def unstacked(stack: Stack) -> Tensor:
     return torch.cat([tensor.flatten(1) for pair in pairs for tensor in pair], 1)
 
 
-FASTEST = {"mlp": vectorized, "linear": vectorized, "lenet": serial, "cnn": serial}
-"""What `processes` runs in its workers, by model."""
+VECTORIZED: dict[str, Callable[[Task], Outcome]] = {"mlp": vectorized, "linear": vectorized}
+"""What the backend `vectorized` does with a model; `serial` with one that is not here."""
 
 
 @contextmanager
@@ -203,9 +203,17 @@ def steady(once: Callable[[Task], Outcome], given: Task) -> Iterator[Round]:
 
 def engines(model: str, workers: int) -> dict[str, Engine]:
     """Ours by name, for this model."""
-    able = [naive, serial, *([vectorized] if model in ("mlp", "linear") else [])]
-    made: dict[str, Engine] = {once.__name__: partial(steady, once) for once in able}
-    return made | {"processes": partial(split, FASTEST[model], workers)}
+    fast = {"vectorized": VECTORIZED[model]} if model in VECTORIZED else {}
+    able = {"naive": naive, "serial": serial} | fast
+    made: dict[str, Engine] = {name: partial(steady, once) for name, once in able.items()}
+    return made | {"processes": partial(split, fast.get("vectorized", serial), workers)}
+
+
+def absent(name: str, model: str) -> str:
+    """Why an engine that there is cannot run this model here; empty if it can."""
+    if name == "vectorized" and model not in VECTORIZED:
+        return f"no kernels for {model}: the backend vectorized trains it as serial does"
+    return peers.absent(name)
 
 
 def main() -> None:
@@ -221,12 +229,12 @@ def main() -> None:
     ours = engines(asked.model, asked.workers)
     names = asked.engines.split(",") if asked.engines else list(ours)
     known = ours | peers.engines(asked.model, asked.clients, asked.batch, asked.workers)
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"unknown engines {unknown} for {asked.model}, known are {list(known)}")
+    if unknown := set(names) - {*known, "vectorized"}:
+        parser.error(f"unknown engines {sorted(unknown)}, known are {[*known]}")
     for name in names:
-        if why := peers.absent(name):
+        if why := absent(name, asked.model):
             print(json.dumps({"engine": name, "skipped": why}), flush=True)
-    names = [name for name in names if not peers.absent(name)]
+    names = [name for name in names if not absent(name, asked.model)]
     with threads(1):
         machine = bound.measure()
 
