@@ -9,7 +9,7 @@ altered copy on the path::
 
     pip download --no-deps --ignore-requires-python blazefl==3.0.0
     unzip blazefl-3.0.0-py3-none-any.whl -d blazefl-3.0.0
-    sed -i -e 's/^\(def [a-z_]*\)\[T\](/\1(/' -e '0,/^import torch$/s//&\\nT = Any/' \
+    sed -i -e 's/^\(def [a-z_]*\)\[T\](/\1(/' -e '0,/^import torch$/s//&\nT = Any/' \
         blazefl-3.0.0/blazefl/core/utils.py
     PYTHONPATH=$PWD:blazefl-3.0.0 python benchmarks/fd_round.py --engines naive,vectorized,blazefl
 """
