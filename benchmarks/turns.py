@@ -7,6 +7,7 @@ fastest turn: processor time of the engine's process and of all that it started,
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import re
 import tempfile
@@ -57,14 +58,14 @@ class Runner:
     """
 
     def __init__(self, build: Engine, make: Callable[[], Task], folder: Path) -> None:
-        self.line, theirs = CONTEXT.Pipe()
+        self.line, other = CONTEXT.Pipe()
         self.file = folder / f"{id(self)}.pt"
         # pfl takes a process of any other name for a loader's worker.
         self.process = CONTEXT.Process(
-            target=work, args=(theirs, build, make, self.file), name="MainProcess"
+            target=work, args=(other, build, make, self.file), name="MainProcess"
         )
         self.process.start()
-        theirs.close()
+        other.close()
         self._hear()  # that it has the task
         self.first = self._ask("begin")[0]
         self._hear()
@@ -105,7 +106,7 @@ def work(line: Connection, build: Engine, make: Callable[[], Task], file: Path) 
     with threads(1), ExitStack() as stack:
         given = make()
         line.send(())
-        before = resident()
+        before = from_here()
         while True:
             try:
                 what = line.recv()
@@ -114,7 +115,8 @@ def work(line: Connection, build: Engine, make: Callable[[], Task], file: Path) 
             if what == "end":
                 line.send((highest() - before + peak_of(others()),))
                 return
-            used, began = cpu(), time.perf_counter()
+            before_them = theirs()
+            before_us, began = time.process_time(), time.perf_counter()
             if what == "begin":
                 run = stack.enter_context(build(given))
                 mean, _ = run()
@@ -124,8 +126,9 @@ def work(line: Connection, build: Engine, make: Callable[[], Task], file: Path) 
                 line.send(())
             else:
                 run()
-                wall, (own, *rest) = time.perf_counter() - began, spent(used)
-                line.send((own + sum(rest), own + max(rest, default=0.0), wall))
+                wall, ours = time.perf_counter() - began, time.process_time() - before_us
+                each = [now - before_them.get(number, 0.0) for number, now in theirs().items()]
+                line.send((ours + sum(each), ours + max(each, default=0.0), wall))
 
 
 def measure(
@@ -173,14 +176,9 @@ def others() -> list[int]:
     return sorted(found)
 
 
-def cpu() -> dict[int, float]:
-    """Seconds of processor time so far, of this process (0) and of each that it started."""
-    return {0: time.process_time()} | {number: cpu_of(number) for number in others()}
-
-
-def spent(before: Mapping[int, float]) -> list[float]:
-    """Seconds since then, of this process and of each that it started."""
-    return [now - before.get(number, 0.0) for number, now in cpu().items()]
+def theirs() -> dict[int, float]:
+    """Seconds of processor time so far of each process that this one started."""
+    return {number: cpu_of(number) for number in others()}
 
 
 def cpu_of(number: int) -> float:
@@ -194,8 +192,10 @@ def cpu_of(number: int) -> float:
     return max((int(fields[11]) + int(fields[12])) / 100, exact)
 
 
-def resident() -> float:
-    """Megabytes of this process in memory."""
+def from_here() -> float:
+    """Megabytes of this process in memory; its peak is counted anew."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     return told("self/status", "VmRSS")
 
 
