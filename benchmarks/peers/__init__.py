@@ -1,7 +1,7 @@
 """Other simulators on the same round; each is optional.
 
 Each module has an engine for `fd_round.py`: the round as that project's own documentation would
-have it written, with nothing of this package in it. Where a project visits each client once a
+have it written, with no engine of this package in it. Where a project visits each client once a
 round, the round is distil, train, predict: the same work with the border between rounds moved, and
 one visit in place of two, to its advantage.
 """
