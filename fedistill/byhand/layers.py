@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +48,7 @@ class Dense:
     linear: nn.Linear
     relu: bool
 
-    @property
+    @cached_property
     def weights(self) -> Sequence[nn.Parameter]:  # noqa: D102
         return list(self.linear.parameters())
 
@@ -102,7 +103,7 @@ class Convolved:
     convolution: nn.Conv2d
     relu: bool
 
-    @property
+    @cached_property
     def weights(self) -> Sequence[nn.Parameter]:  # noqa: D102
         return list(self.convolution.parameters())
 

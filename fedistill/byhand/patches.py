@@ -133,7 +133,10 @@ def spread(kernel: Tensor, at: Geometry) -> Tensor:
 
 def collect(matrix: Tensor, at: Geometry) -> Tensor:
     """The transpose of :func:`spread`, ``[after, before, kernel, kernel]``."""
-    return _places(matrix, at).sum((0, 1))
+    upper, lower = _places(matrix, at)
+    left, right = upper + lower
+    found: Tensor = left + right
+    return found
 
 
 def _places(matrix: Tensor, at: Geometry) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -39,15 +41,16 @@ class Program:
         if not (self._known[image] and len(inputs)):
             return False
         # Zero times infinity is no zero: the shifted kernels may only meet numbers.
-        return bool(torch.linalg.vector_norm(inputs.detach()).isfinite())
+        return math.isfinite(torch.linalg.vector_norm(inputs.detach()))
 
     def __call__(self, inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs of each head, ``[rows, out]``, with their gradient where that is wanted."""
         if not torch.is_grad_enabled():
             return self.forward(inputs, False)[0]
-        found: tuple[Tensor, ...] = _Node.apply(self, inputs, *self.weights())  # type: ignore[no-untyped-call]
+        found: tuple[Tensor, ...] = _Node.apply(self, inputs, *self.weights)  # type: ignore[no-untyped-call]
         return found
 
+    @cached_property
     def weights(self) -> list[nn.Parameter]:
         """Of all layers, in order."""
         return [weight for layer in (*self.layers, *self.heads) for weight in layer.weights]
@@ -138,7 +141,7 @@ def program_of(module: nn.Module, *beside: nn.Linear, heard: object = None) -> P
     if not made or not isinstance(made[-1], Dense) or made[-1].relu:
         return None
     program = Program(made[:-1], [made[-1], *(Dense(layer, False) for layer in beside)])
-    told = {id(weight) for weight in program.weights()}
+    told = {id(weight) for weight in program.weights}
     return program if told == {id(weight) for weight in held} else None
 
 
