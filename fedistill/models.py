@@ -87,6 +87,12 @@ class LeNet(nn.Module):
         logits: Tensor = self.head(F.relu(self.fc2(F.relu(self.fc1(hidden)))))
         return logits
 
+    def in_order(self) -> Sequence[nn.Module]:
+        """The same as layers one after another, for :mod:`fedistill.byhand`."""
+        relu = nn.ReLU()
+        convolutions = [self.conv1, MaxPool(), relu, self.conv2, MaxPool(), relu, nn.Flatten()]
+        return [*convolutions, self.fc1, relu, self.fc2, relu, self.head]
+
 
 class CNN(nn.Module):
     """Three 3x3 convolutions with GroupNorm, then the mean over places.

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
-from fedistill.backends import Reply
+from fedistill.backends import Reply, mapped
 from fedistill.backends.precision import best_mode, matmul_precision
 from fedistill.backends.together import Bench, benches, kind_of, unfit
 from fedistill.client import Site
@@ -34,19 +35,25 @@ class Vectorized:
     :mod:`fedistill.models`, another optimizer than sgd, private or bad clients, streams, tables) is
     asked alone, as the serial backend asks it.
 
+    Args:
+        sites: by name.
+        mapped: whether students without kernels are mapped by ``torch.func``; None: where they
+            compute on a GPU.
+
     Attributes:
         notes: who is asked alone, and why.
     """
 
-    def __init__(self, sites: Mapping[str, Site]) -> None:
-        self.sites = sites
-        self.notes = list(remarks(sites))
+    def __init__(self, sites: Mapping[str, Site], mapped: bool | None = None) -> None:
+        self.sites, self.wanted = sites, mapped
+        self.notes = list(remarks(sites, mapped))
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
         """One reply or failure for every client asked."""
         for start in range(0, len(plan.clients), WINDOW):
             names = plan.clients[start : start + WINDOW]
-            works = {name: Work(self.sites[name]) for name in names if not alone(self.sites[name])}
+            asked = {name: self.sites[name] for name in names}
+            works = {n: Work(site) for n, site in asked.items() if not alone(site, self.wanted)}
             heard: dict[str, Reply | Failure] = {}
             for name, work in works.items():
                 try:
@@ -149,8 +156,14 @@ def together(works: Sequence[Work]) -> None:
     """Train and ask the students of sites at work, those of one kind side by side."""
     kinds: dict[Any, list[Work]] = {}
     for work in works:
-        kinds.setdefault(kind_of(work.student, work.lessons), []).append(work)
+        if unfit(work.student):
+            kinds.setdefault(mapped.kind_of(work.student, work.lessons), []).append(work)
+        else:
+            kinds.setdefault(kind_of(work.student, work.lessons), []).append(work)
     for alike in kinds.values():
+        if unfit(alike[0].student):
+            side_by_side(alike)
+            continue
         plan = alike[0].plan
         assert plan is not None
         asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
@@ -162,24 +175,49 @@ def together(works: Sequence[Work]) -> None:
                 alike[at].said = said
 
 
-def alone(site: Site) -> str:
-    """Why a site is asked alone, in words that end a sentence; empty where it need not be."""
+def side_by_side(works: Sequence[Work]) -> None:
+    """The same for students of one kind that have no kernels."""
+    plan = works[0].plan
+    assert plan is not None
+    asked = torch.from_numpy(works[0].site.proxy.take(plan.rows()))
+    students, lessons = [work.student for work in works], [work.lessons for work in works]
+    for places in mapped.blocks(lessons):
+        bench = mapped.MappedBench([students[at] for at in places], [lessons[at] for at in places])
+        bench.teach()
+        for at, said in zip(places, bench.ask(asked), strict=True):
+            works[at].said = said
+
+
+def alone(site: Site, wanted: bool | None = None) -> str:
+    """Why a site is asked alone, in words that end a sentence; empty where it need not be.
+
+    Args:
+        site: any.
+        wanted: whether its student is mapped if there are no kernels; None: on a GPU.
+    """
     if type(site) is not Site:
         return "it exchanges tables"
     if site.account is not None:
         return "it is private"
     if site.client.course is not None:
         return "its rows change"
-    return unfit(site.learner)
+    reason, student = unfit(site.learner), site.learner
+    if not reason or type(student) is not TorchStudent:
+        return reason
+    if wanted is None and student.device.type == "cpu":
+        return f"{reason}, and on a CPU mapping is slower"
+    if wanted is False:
+        return reason
+    return mapped.unmapped(student, torch.from_numpy(site.proxy.take(np.arange(1))))
 
 
-def remarks(sites: Mapping[str, Site]) -> Iterator[str]:
+def remarks(sites: Mapping[str, Site], wanted: bool | None = None) -> Iterator[str]:
     """Who is asked alone, and why, a line for each reason; and how matrices are multiplied."""
     if best_mode() != "highest":
         yield f"matrices are multiplied by oneDNN (float32 precision {best_mode()})"
     reasons: dict[str, list[str]] = {}
     for name, site in sites.items():
-        if reason := alone(site):
+        if reason := alone(site, wanted):
             reasons.setdefault(reason, []).append(name)
     for reason, names in reasons.items():
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")

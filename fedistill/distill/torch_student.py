@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
+from fedistill.byhand import Program, program_of
 from fedistill.distill.batches import Batch, Batches, Memory, local_batches, soft_batches
 from fedistill.distill.guide import Guide, guiding, nearest_prototype
 from fedistill.distill.optimizer import Optimizer, falling
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.resident import Resident
 from fedistill.distill.trunk import Trunk, trunk_of
 from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
 from fedistill.seeding import derive
@@ -124,6 +126,7 @@ class TorchStudent:
         self._memory: Memory | None = None
         self._guide: Guide | None = None
         self._optimizer = Optimizer(recipe, self._weights())
+        self._program: Program | None = None
         self._physical = 1 << 30
 
     # --- the three methods of a learner --------------------------------------------------------
@@ -338,23 +341,20 @@ class TorchStudent:
             recipe: rate, schedule and clipping; None: the student's own.
         """
         recipe = recipe or self.recipe
-        weights = self._weights()
         self._net.train()
         if batches.smallest == 1:
             # A single row has no variance: batch statistics would be undefined.
             for layer in self._net.modules():
                 if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                     layer.eval()
-        with seeded(derive(seed, "dropout")):
+        resident = Resident(self._optimizer, self._averaged)
+        with seeded(derive(seed, "dropout")), self._by_hand(), resident:
             for step, batch in enumerate(batches):
                 share = falling(step, len(batches)) if recipe.schedule == "cosine" else 1.0
-                rate = recipe.lr * share
                 self._backward(batch, loss, None if beside is None else partial(beside, step))
-                if recipe.clip:
-                    nn.utils.clip_grad_norm_(weights, recipe.clip, foreach=True)
-                self._optimizer.step(rate)
+                resident.step(recipe.lr * share, recipe.clip)
                 self.count(len(batch))
-                self._update_average(weights)
+                resident.follow(self.keeps())
                 if after is not None:
                     after()
         self._net.eval()
@@ -391,7 +391,7 @@ class TorchStudent:
         logits = np.zeros((len(rows), self.classes), dtype=np.float32)
         scores = np.zeros(len(rows), dtype=np.float32)
         self._net.eval()
-        with self._predicting(), torch.inference_mode():
+        with self._predicting(), self._by_hand(), torch.inference_mode():
             for start in range(0, len(rows), PREDICT_ROWS):
                 part = slice(start, start + PREDICT_ROWS)
                 found, score = self._forward(rows[part])
@@ -415,7 +415,24 @@ class TorchStudent:
             for weight, data in zip(weights, last, strict=True):
                 weight.data = data
 
+    @contextmanager
+    def _by_hand(self) -> Iterator[None]:
+        """Within the block, forward and backward by hand, where the module has such."""
+        before = self._program
+        if self._scored is None:
+            self._program = program_of(self.module)
+        else:
+            trunk = self._scored._trunk
+            self._program = program_of(self.module, self._scored.score, heard=trunk)
+        try:
+            yield
+        finally:
+            self._program = before
+
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        if self._program is not None and self._program.takes(inputs):
+            logits, *scores = self._program(inputs)
+            return logits, scores[0][:, 0] if scores else logits.new_zeros(len(logits))
         if self._scored is not None:
             logits, score = self._scored(inputs)
             return logits, score

@@ -356,4 +356,5 @@ def test_predicting_by_prototypes_falls_back_to_the_head():
     near.guide(guide_of("prototypes"))
     wanted = nearest_prototype(near.features(PUBLIC), guide_of("prototypes"))
     np.testing.assert_array_equal(near.predict(PUBLIC), wanted)
-    np.testing.assert_array_equal(near.predict(PUBLIC[3:5]), wanted[3:5])
+    # A product of fewer rows may be summed in another order.
+    np.testing.assert_allclose(near.predict(PUBLIC[3:5]), wanted[3:5], rtol=1e-5)

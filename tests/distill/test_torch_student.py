@@ -12,7 +12,9 @@ from torch import nn
 
 from fedistill import models
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
+from fedistill.byhand import program_of
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.resident import Resident
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.testing import check_learner
 from fedistill.types import Rows
@@ -215,11 +217,13 @@ def test_calibration_takes_the_class_mix_out_of_the_logits():
     np.testing.assert_allclose(even, 0, atol=0.05)
 
 
-def test_a_cosine_rate_falls_and_starts_anew_with_each_call():
+def test_a_cosine_rate_falls_and_starts_anew_with_each_call(monkeypatch):
     learner = student(schedule="cosine", batch_size=10, epochs=4)
     rates = []
-    step = learner._optimizer.step
-    learner._optimizer.step = lambda rate: (rates.append(rate), step(rate))
+    step = Resident.step
+    monkeypatch.setattr(
+        Resident, "step", lambda self, rate, clip: (rates.append(rate), step(self, rate, clip))
+    )
     for seed in (1, 2):
         learner.fit(ROWS, seed=seed)
     assert rates[:12] == rates[12:]
@@ -361,11 +365,16 @@ def test_averaged_weights_predict_and_the_last_ones_train_on():
     assert (plain.predict(PUBLIC) != averaged.predict(PUBLIC)).any()
 
 
-def test_the_average_follows_its_formula():
+def test_the_average_follows_its_formula(monkeypatch):
     learner = student(partial(models.Linear, INPUTS, 3), average=0.5, epochs=1, batch_size=10)
     mean, trail = weights(learner).astype(float), []
-    step = learner._update_average
-    learner._update_average = lambda w: (trail.append(weights(learner).astype(float)), step(w))
+    follow = Resident.follow
+
+    def followed(self, keep):
+        trail.append(weights(learner).astype(float))
+        follow(self, keep)
+
+    monkeypatch.setattr(Resident, "follow", followed)
     learner.fit(ROWS, seed=1)
     assert len(trail) == 3
     for number, now in enumerate(trail, start=1):
@@ -451,3 +460,36 @@ def test_no_epochs_means_no_step_on_own_rows():
     before = learner.predict(inputs)
     learner.fit(Rows(inputs, np.arange(30) % 3), seed=2)
     np.testing.assert_array_equal(learner.predict(inputs), before)
+
+
+@pytest.mark.parametrize("familiarity", [False, True])
+def test_a_lenet_is_taught_by_hand_to_rounding(monkeypatch, familiarity):
+    random = np.random.default_rng(0)
+    images = random.normal(size=(40, 1, 28, 28)).astype(np.float32)
+    rows, public = Rows(images[:25], random.integers(0, 3, 25)), images[25:]
+    asked = []
+
+    def by_hand(module, *beside, heard=None):
+        made = program_of(module, *beside, heard=heard)
+        asked.append(made is not None)
+        return made
+
+    found = []
+    for hand in (by_hand, lambda *_, **__: None):
+        monkeypatch.setattr("fedistill.distill.torch_student.program_of", hand)
+        learner = student(
+            partial(models.LeNet, 3),
+            familiarity=familiarity,
+            distil="inside",
+            batch_size=10,
+            momentum=0.9,
+            background=public,
+        )
+        learner.absorb(public, probabilities(15, seed=1), seed=1)
+        learner.fit(rows, seed=2)
+        found.append((weights(learner), learner.predict(public), learner.familiarity(public)))
+    assert asked
+    assert all(asked)
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    assert bool(np.abs(found[0][2]).max() > 0) == familiarity
