@@ -100,7 +100,7 @@ class PrivateStudent(TorchStudent):
         self._checked = loss is None and built_in(self.module)
         self._sigma: float | None = None
         self.listener: Callable[[nn.Module], None] | None = None
-        self._mode = clipping_mode(self.module, privacy.unit)
+        self._mode = clipping_mode(self.module, privacy.unit, self.loss)
         self._largest: int | None = None
         self.replay = replay
         self._mark = ""

@@ -21,8 +21,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import seeded
 from fedistill.errors import FedistillError
-from fedistill.privacy.clipping import Clipper, NotGhostly, RowLoss, clipping_mode
+from fedistill.privacy.by_gram import measurable
+from fedistill.privacy.by_opacus import ghostly
+from fedistill.privacy.clipping import Clipper, RowLoss
 from fedistill.privacy.layers import hold_still
+from fedistill.privacy.rowwise import Unsuited
 from fedistill.seeding import generator
 from fedistill.types import IntArray
 
@@ -136,9 +139,10 @@ def sensitivity(
         clip: largest norm of a row's gradient.
     """
     worst = _moved(module, loss, inputs, labels, clip, "hooks")
-    if clipping_mode(module, "record") == "ghost":
-        with contextlib.suppress(NotGhostly):  # training takes hooks then, too
-            worst = max(worst, _moved(module, loss, inputs, labels, clip, "ghost"))
+    for mode, possible in (("gram", measurable), ("ghost", ghostly)):
+        if possible(module):
+            with contextlib.suppress(Unsuited):  # training takes hooks then, too
+                worst = max(worst, _moved(module, loss, inputs, labels, clip, mode))
     return worst
 
 
