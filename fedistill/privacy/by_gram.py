@@ -8,6 +8,7 @@ one use of its layer, which is looked for in the graph of every pass.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +88,15 @@ class ByGram:
             self._handles.pop().remove()
         self._uses = {}
 
-    def clipped(self, part: Part) -> list[Tensor]:
-        """The sum of the clipped gradients of the rows, an entry a weight."""
+    def add(self, part: Part, to: Sequence[Tensor], share: float) -> None:
+        """Add the sum of the rows' clipped gradients, times ``share``."""
         layers = self._measure(part)
         factors = factors_of(_norms(layers), self.clip)
         found: Sums = {}
         for layer in layers:
             found |= layer.summed(factors)
-        return [found[weight] for weight in self._weights]
+        for total, weight in zip(to, self._weights, strict=True):
+            total.add_(found[weight], alpha=share)
 
     def norms(self, part: Part) -> Tensor:
         """Of the gradients of the rows, ``[rows]``."""
@@ -194,10 +196,11 @@ class ByHand:
         """Nothing listens."""
 
     @torch.no_grad()
-    def clipped(self, part: Part) -> list[Tensor]:
-        """The sum of the clipped gradients of the rows, an entry a weight."""
+    def add(self, part: Part, to: Sequence[Tensor], share: float) -> None:
+        """Add the sum of the rows' clipped gradients, times ``share``."""
         found = self._pass(part)
-        return [tensor[0] for tensor in found.sums(factors_of(found.norms(), self.clip))]
+        factors = factors_of(found.norms(), self.clip) * share
+        found.add_to([tensor[None] for tensor in to], factors)
 
     @torch.no_grad()
     def norms(self, part: Part) -> Tensor:

@@ -10,6 +10,7 @@ without a gradient for every row.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -94,8 +95,8 @@ class ByOpacus:
                 layer.__dict__.pop(name, None)
         self._wrapped = self._optimizer = None
 
-    def clipped(self, part: Part) -> list[Tensor]:
-        """The sum of the clipped gradients of the units, an entry a weight."""
+    def add(self, part: Part, to: Sequence[Tensor], share: float) -> None:
+        """Add the sum of the units' clipped gradients, times ``share``."""
         self._forget()
         self._optimizer.signal_skip_step(do_skip=True)  # or it would add noise
         try:
@@ -107,7 +108,8 @@ class ByOpacus:
         except BaseException:
             self._optimizer._step_skip_queue.clear()
             raise
-        return [_held(weight, "summed_grad").detach() for weight in taught(self.module)]
+        for total, weight in zip(to, taught(self.module), strict=True):
+            total.add_(_held(weight, "summed_grad").detach(), alpha=share)
 
     def usable(self, part: Part) -> Tensor:
         """Whether the gradient of each unit is finite, ``[units]``."""

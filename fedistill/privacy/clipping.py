@@ -132,16 +132,17 @@ class Clipper:
             FedistillError: a weight takes no part in the loss, or the loss is of a wrong shape.
             RunError: the module's own weights are not finite.
         """
-        sums = self._robustly(drawn, take)
-        if not is_finite(sums):
+        noisy = self._robustly(drawn, take)
+        if not is_finite(noisy):
             # Of weights everybody may know whether they are finite: noise is in them. How many rows
             # have no finite gradient is nobody's business, and a step without any is noise alone.
             if not all(bool(weight.isfinite().all()) for weight in self._weights):
                 raise RunError(BROKEN_WEIGHTS)
             usable = drawn[self._usable(drawn, take)]
             self.unusable += len(drawn) - len(usable)
-            sums = self._robustly(usable, take)
-        self._release(sums)
+            noisy = self._robustly(usable, take)
+        for weight, gradient in zip(self._weights, noisy, strict=True):
+            weight.grad = gradient
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -158,7 +159,9 @@ class Clipper:
         Raises:
             Unsuited: by another mode only.
         """
-        return self._engine.clipped(part)
+        sums = [torch.zeros_like(weight, requires_grad=False) for weight in self._weights]
+        self._engine.add(part, sums, 1.0)
+        return sums
 
     def close(self) -> None:
         """Take all that listens off the module."""
@@ -191,10 +194,10 @@ class Clipper:
         self._engine.open()
 
     def _robustly(self, drawn: IntArray, take: Take) -> list[Tensor]:
-        """Clipped sums of the same draw, whatever has to change for it to fit or to be right."""
+        """A gradient of the same draw, whatever has to change for it to fit or to be right."""
         while True:
             try:
-                return self._sums(drawn, take)
+                return self._noisy(drawn, take)
             except torch.OutOfMemoryError:
                 if min(self.largest, len(drawn)) <= 1:
                     raise
@@ -204,23 +207,18 @@ class Clipper:
             except Unsuited:
                 self._turn_to_hooks()
 
-    def _sums(self, drawn: IntArray, take: Take) -> list[Tensor]:
-        sums: list[Tensor] = []
+    def _noisy(self, drawn: IntArray, take: Take) -> list[Tensor]:
+        """Noise first, to which the parts are added."""
+        gradient = [self._noise(weight) for weight in self._weights]
         for start in range(0, len(drawn), self.largest):
-            found = self._engine.clipped(take(drawn[start : start + self.largest]))
-            for total, more in zip(sums, found, strict=False):
-                total.add_(more)
-            sums = sums or found
-        return sums or [torch.zeros_like(weight) for weight in self._weights]
+            part = take(drawn[start : start + self.largest])
+            self._engine.add(part, gradient, 1 / self.expected)
+        return gradient
 
-    def _release(self, sums: list[Tensor]) -> None:
-        """Add noise, and divide."""
+    def _noise(self, weight: Tensor) -> Tensor:
         spread = self.sigma * self.clip / self.expected
-        for weight, total in zip(self._weights, sums, strict=True):
-            noise = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-            if spread:
-                noise.normal_(0.0, spread, generator=self.generator)
-            weight.grad = noise.add_(total, alpha=1 / self.expected)
+        noise = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+        return noise.normal_(0.0, spread, generator=self.generator) if spread else noise.zero_()
 
     def _usable(self, drawn: IntArray, take: Take) -> IntArray:
         """Places of the drawn units whose gradient is finite."""

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from fedistill.privacy.rowwise import Unsuited
 
@@ -52,7 +53,9 @@ class Measured:
 
 def known(layer: nn.Module) -> bool:
     """Whether a layer's gradients can be measured here: a plain layer of a known kind."""
-    learns = {name for name, weight in layer.named_parameters(recurse=False) if weight.requires_grad}
+    learns = {
+        name for name, weight in layer.named_parameters(recurse=False) if weight.requires_grad
+    }
     return (
         type(layer) in KINDS
         and learns <= {"weight", "bias"}
@@ -92,8 +95,8 @@ def squared_lengths(seen: Tensor, delta: Tensor, *, weight: bool = True, bias: b
         weight: whether the matrix learns.
         bias: whether there is a bias that learns.
     """
-    by_weight = _square(seen) + TINY if weight else 0.0
-    return (_square(delta) + TINY) * (by_weight + float(bias))
+    by_weight = _square(seen) if weight else 0.0
+    return (_square(delta) + TINY) * (by_weight + (1.0 if bias else TINY))
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -147,9 +150,9 @@ def _convolution(layer: Any, seen: Tensor, delta: Tensor) -> Measured:
 
         def product(factors: Tensor) -> Tensor:
             scaled = delta * factors[:, None, None, None]
-            return torch.nn.grad.conv2d_weight(
-                seen, layer.weight.shape, scaled, layer.stride, layer.padding, layer.dilation, groups
-            )
+            how = layer.stride, layer.padding, layer.dilation, groups
+            found: Tensor = conv2d_weight(seen, layer.weight.shape, scaled, *how)
+            return found
 
         def factored(rows: slice) -> tuple[Tensor, Tensor]:
             windows = _windows(padded[rows], layer).reshape(-1, inputs, places)
@@ -309,16 +312,14 @@ def _gram(seen: Tensor, delta: Tensor, lengths: Tensor) -> Tensor:
         delta: ``[rows, positions, out]``.
         lengths: norm of each position's gradient, ``[rows, positions]``.
     """
-    found = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum((1, 2))
-    return found.clamp_min(0.0) + ROUNDING * lengths.sum(1).square()
+    found: Tensor = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
+    return found + ROUNDING * lengths.sum(1).square()
 
 
 def _rows(weight: nn.Parameter, found: Tensor) -> Measured:
     """A weight whose gradients for single rows are at hand."""
     flat = found.flatten(1)
-    return Measured(
-        _square(flat), lambda factors: {weight: (factors @ flat).view(weight.shape)}
-    )
+    return Measured(_square(flat), lambda factors: {weight: (factors @ flat).view(weight.shape)})
 
 
 def _joined(parts: list[Measured]) -> Measured:
@@ -333,16 +334,15 @@ def _joined(parts: list[Measured]) -> Measured:
 
 def _square(values: Tensor) -> Tensor:
     """Of lengths along the last dimension."""
-    return torch.linalg.vector_norm(values, dim=-1).square()
+    found: Tensor = torch.linalg.vector_norm(values, dim=-1)
+    return found.square_()
 
 
 def _learns(weight: nn.Parameter | None) -> bool:
     return weight is not None and weight.requires_grad
 
 
-def _in_chunks(
-    rows: int, each: int, square: Callable[[slice], Tensor], like: Tensor
-) -> Tensor:
+def _in_chunks(rows: int, each: int, square: Callable[[slice], Tensor], like: Tensor) -> Tensor:
     """``[rows]``, some rows at a time; ``each`` is how many values one takes on the way."""
     found = [square(part) for part in _chunks(rows, each)]
     return torch.cat(found) if found else like.new_zeros(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -24,9 +24,7 @@ SMOOTHING = 1e-6
 """Added to a norm before the clipping norm is divided by it, as Opacus does."""
 
 
-BROKEN_WEIGHTS = (
-    "the weights are NaN or infinite: what was spent stays spent; lower privacy.lr"
-)
+BROKEN_WEIGHTS = "the weights are NaN or infinite: what was spent stays spent; lower privacy.lr"
 """What is said of a student whose weights are not finite any more."""
 
 
@@ -45,8 +43,13 @@ class Engine(Protocol):
         """Take all of that off again."""
         ...
 
-    def clipped(self, part: Part) -> list[Tensor]:
-        """The sum of the clipped gradients of the units, a tensor of its own for each weight.
+    def add(self, part: Part, to: Sequence[Tensor], share: float) -> None:
+        """Add the sum of the units' clipped gradients, times ``share``.
+
+        Args:
+            part: the units.
+            to: a tensor for each weight that learns; worth nothing after an error.
+            share: what each is multiplied by.
 
         Raises:
             Unsuited: another way has to be taken.

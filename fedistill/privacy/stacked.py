@@ -23,9 +23,10 @@ def layers_of(module: nn.Module) -> list[nn.Linear] | None:
     """The layers of a Linear or MLP of this package, if it is just that and learns as a whole."""
     if type(module) is Linear:
         layers: list[nn.Module] = [module.head]
-    elif type(module) is MLP:
-        layers = [*module.trunk[::2], module.head]
-        if not all(type(layer) is nn.ReLU for layer in module.trunk[1::2]):
+    elif type(module) is MLP and type(module.trunk) is nn.Sequential:
+        trunk = list(module.trunk)
+        layers = [*trunk[::2], module.head]
+        if not all(type(layer) is nn.ReLU for layer in trunk[1::2]):
             return None
     else:
         return None
@@ -77,25 +78,19 @@ class Pass:
         ]
         return torch.stack(squares).sum(0).sqrt()
 
-    def sums(self, factors: Tensor) -> list[Tensor]:
-        """Of the gradients of single rows times their factors: weight and bias of each layer.
+    def add_to(self, sums: Sequence[Tensor], factors: Tensor) -> None:
+        """Add the gradients of single rows times their factors ``[c, rows]``.
 
         The factors go into the deltas: a pass gives its sums once.
+
+        Args:
+            sums: ``[c, out, in]`` and ``[c, out]`` for weight and bias of each layer.
+            factors: of the rows.
         """
-        found = []
-        for seen, delta in zip(self.given, self._scaled(factors), strict=True):
-            found += [torch.bmm(delta.transpose(1, 2), seen), delta.sum(1)]
-        return found
-
-    def add_to(self, sums: Sequence[Tensor], factors: Tensor) -> None:
-        """The same, added to what is there."""
-        pairs = zip(sums[::2], sums[1::2], self.given, self._scaled(factors), strict=True)
-        for weight, bias, seen, delta in pairs:
-            weight.baddbmm_(delta.transpose(1, 2), seen)
-            bias.add_(delta.sum(1))
-
-    def _scaled(self, factors: Tensor) -> list[Tensor]:
-        return [delta.mul_(factors[..., None]) for delta in self.deltas]
+        for place, (seen, delta) in enumerate(zip(self.given, self.deltas, strict=True)):
+            delta.mul_(factors[..., None])
+            sums[2 * place].baddbmm_(delta.transpose(1, 2), seen)
+            sums[2 * place + 1].add_(delta.sum(1))
 
 
 def through(

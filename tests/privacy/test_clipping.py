@@ -453,7 +453,8 @@ def test_a_sum_over_rows_will_do(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "rows", "largest"), [("gram", 1, 1024), ("ghost", 1, 1024), ("hooks", 1, 1024), ("hooks", 50, 20)]
+    ("mode", "rows", "largest"),
+    [("gram", 1, 1024), ("ghost", 1, 1024), ("hooks", 1, 1024), ("hooks", 50, 20)],
 )
 def test_how_many_units_go_at_once(mode, rows, largest):
     assert clipper(made(MODULES["mlp"][0]), mode=mode, rows=rows).largest == largest
