@@ -1,12 +1,12 @@
 """What a step of DP-SGD costs: Gram clipping against Opacus and against a step without privacy.
 
-`python benchmarks/dp_step.py` prints a JSON line for each model (`--model mlp`, `linear`, `lenet` or
+`python benchmarks/dp_step.py` prints a JSON line for each model (`--model mlp`, `linear`, `lenet`,
 `cnn`), batch (`--rows`) and engine: milliseconds of processor time of a whole step (clipped sum,
 noise, SGD with momentum), how many times as fast it is as a plain torch step and as Opacus's hooks
-and ghost clipping (`times_...`), the share of the noise, and how far norms and clipped sums are from
-those of Opacus's gradients of single rows, relative to the largest. `gram x 5` are five clients side
-by side, per client. The engines take turns on one thread; each figure is the best of `--turns`. A
-minute.
+and ghost clipping (`times_...`), the share of the noise, and how far norms and clipped sums are
+from those of Opacus's gradients of single rows, relative to the largest. `gram x 5` are five
+clients side by side, per client. The engines take turns on one thread; each figure is the best of
+`--turns`. A minute.
 """
 
 from __future__ import annotations

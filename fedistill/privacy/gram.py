@@ -23,6 +23,8 @@ from torch.nn.grad import conv2d_weight
 
 from fedistill.privacy.rowwise import Unsuited
 
+_weight_gradient: Callable[..., Tensor] = conv2d_weight
+
 Sums: TypeAlias = dict[nn.Parameter, Tensor]
 
 CHUNK_VALUES = 1 << 20
@@ -151,8 +153,7 @@ def _convolution(layer: Any, seen: Tensor, delta: Tensor) -> Measured:
         def product(factors: Tensor) -> Tensor:
             scaled = delta * factors[:, None, None, None]
             how = layer.stride, layer.padding, layer.dilation, groups
-            found: Tensor = conv2d_weight(seen, layer.weight.shape, scaled, *how)
-            return found
+            return _weight_gradient(seen, layer.weight.shape, scaled, *how)
 
         def factored(rows: slice) -> tuple[Tensor, Tensor]:
             windows = _windows(padded[rows], layer).reshape(-1, inputs, places)
@@ -215,7 +216,7 @@ def _embedding(layer: Any, seen: Tensor, delta: Tensor) -> Measured:
 
     def square(part: slice) -> Tensor:
         same = seen[part, :, None] == seen[part, None, :]
-        return _gram(same.to(delta.dtype), delta[part], delta[part].norm(dim=2))
+        return _gram(same.to(delta.dtype), delta[part], _length(delta[part]))
 
     def summed(factors: Tensor) -> Sums:
         scaled = (delta * factors[:, None, None]).flatten(0, 1)
@@ -273,7 +274,7 @@ def _matrix(
 
         def square(part: slice) -> Tensor:
             seen, delta = factored(part)
-            lengths = seen.norm(dim=2) * delta.norm(dim=2)
+            lengths = _length(seen) * _length(delta)
             found = _gram(torch.bmm(seen, seen.transpose(1, 2)), delta, lengths)
             return found.view(-1, groups).sum(1)
 
@@ -290,9 +291,9 @@ def _matrix(
 
         def square(part: slice) -> Tensor:
             seen, delta = factored(part)
-            lengths = (seen.norm(dim=2) * delta.norm(dim=2)).sum(1)
+            lengths = (_length(seen) * _length(delta)).sum(1)
             found = torch.bmm(delta.transpose(1, 2), seen).square_().sum((1, 2))
-            return (found + ROUNDING * lengths.square()).view(-1, groups).sum(1)
+            return (found + lengths.square() * ROUNDING).view(-1, groups).sum(1)
 
         each = values + groups * places * inputs
         squares = _in_chunks(rows, each, square, weight)
@@ -312,8 +313,8 @@ def _gram(seen: Tensor, delta: Tensor, lengths: Tensor) -> Tensor:
         delta: ``[rows, positions, out]``.
         lengths: norm of each position's gradient, ``[rows, positions]``.
     """
-    found: Tensor = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum((1, 2)).clamp_min(0.0)
-    return found + ROUNDING * lengths.sum(1).square()
+    found: Tensor = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum((1, 2))
+    return found.clamp_min(0.0) + lengths.sum(1).square() * ROUNDING
 
 
 def _rows(weight: nn.Parameter, found: Tensor) -> Measured:
@@ -332,10 +333,15 @@ def _joined(parts: list[Measured]) -> Measured:
     return Measured(torch.stack([part.squares for part in parts]).sum(0), summed)
 
 
-def _square(values: Tensor) -> Tensor:
-    """Of lengths along the last dimension."""
+def _length(values: Tensor) -> Tensor:
+    """Along the last dimension."""
     found: Tensor = torch.linalg.vector_norm(values, dim=-1)
-    return found.square_()
+    return found
+
+
+def _square(values: Tensor) -> Tensor:
+    """Of the length along the last dimension."""
+    return _length(values).square_()
 
 
 def _learns(weight: nn.Parameter | None) -> bool:

@@ -1,9 +1,9 @@
 """Losses that break the clipping of single rows, found before the first private step.
 
-Opacus clips what it takes for the gradient of a row. Where the loss of a row depends on other rows
-of the batch, that gradient is not the row's own, its norm bounds nothing, and no error tells: the
-noise is too small for what one record can do. Three tests look for it on a few rows. A pass proves
-nothing; what they may miss is refused by name (:func:`refuse`).
+What is clipped is what is taken for the gradient of a row. Where the loss of a row depends on other
+rows of the batch, that gradient is not the row's own, its norm bounds nothing, and no error tells:
+the noise is too small for what one record can do. Three tests look for it on a few rows. A pass
+proves nothing; what they may miss is refused by name (:func:`refuse`).
 """
 
 from __future__ import annotations
