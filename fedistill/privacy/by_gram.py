@@ -8,7 +8,7 @@ one use of its layer, which is looked for in the graph of every pass.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,8 +71,8 @@ class ByGram:
     def __init__(self, module: nn.Module, loss: RowLoss, clip: float) -> None:
         self.module, self.loss, self.clip = module, loss, clip
         self._weights = taught(module)
-        self._handles: list[RemovableHandle] = []
-        self._uses: dict[nn.Module, list[Use]] = {}
+        self._handles: dict[nn.Module, RemovableHandle] = {}
+        self._uses: dict[nn.Module, list[Use]] | None = None
 
     def open(self) -> None:
         """Listen to the layers that learn."""
@@ -80,13 +80,13 @@ class ByGram:
             raise Unsuited
         for layer in self.module.modules():
             if any(weight.requires_grad for weight in layer.parameters(recurse=False)):
-                self._handles.append(layer.register_forward_hook(self._hear))
+                self._handles[layer] = layer.register_forward_hook(self._hear)
 
     def close(self) -> None:
         """Listen no more."""
-        while self._handles:
-            self._handles.pop().remove()
-        self._uses = {}
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles = {}
 
     def add(self, part: Part, to: Sequence[Tensor], share: float) -> None:
         """Add the sum of the rows' clipped gradients, times ``share``."""
@@ -109,6 +109,8 @@ class ByGram:
     # --- inside --------------------------------------------------------------------------------
 
     def _hear(self, layer: nn.Module, given: tuple[Tensor, ...], gave: Tensor) -> None:
+        if self._uses is None:  # somebody asks the module between two passes
+            return
         plain = len(given) == 1 and isinstance(gave, Tensor) and gave.requires_grad
         if not plain or torch.is_autocast_enabled(gave.device.type):
             raise Unsuited
@@ -118,36 +120,39 @@ class ByGram:
     def _measure(self, part: Part) -> list[Measured]:
         if part[2] is not None:
             raise Unsuited
-        self._uses = {}
+        uses: dict[nn.Module, list[Use]] = {}
+        self._uses = uses
         try:
             losses = losses_of(self.module, self.loss, part)
-            rows = len(losses) if losses.dim() else -1
-            uses = [(layer, used[0]) for layer, used in self._uses.items()]
-            self._check_graph(losses)
-            edges = [use.edge for _, use in uses]
+            self._check_graph(losses, uses)
+            edges = [use[0].edge for use in uses.values()]
             deltas = torch.autograd.grad(losses.sum(), edges, allow_unused=True)
-            if any(len(used) != 1 for used in self._uses.values()):  # or used while going back
-                raise Unsuited
+            self._check_uses(uses)  # a layer may also be used on the way back
         finally:
-            self._uses = {}
+            self._uses = None
         with torch.no_grad():
             return [
-                _measured(layer, use, delta, rows)
-                for (layer, use), delta in zip(uses, deltas, strict=True)
+                _measured(layer, use, delta, losses)
+                for (layer, (use,)), delta in zip(uses.items(), deltas, strict=True)
             ]
 
-    def _check_graph(self, losses: Tensor) -> None:
+    def _check_graph(self, losses: Tensor, uses: Mapping[nn.Module, Sequence[Use]]) -> None:
         """Each weight is reached once, by the one use of its layer."""
+        self._check_uses(uses)
         reached = _leaves(losses)
-        once = all(reached[id(weight)] == 1 for weight in self._weights)
-        if not once or any(len(used) != 1 for used in self._uses.values()):
+        if any(reached[id(weight)] != 1 for weight in self._weights):
+            raise Unsuited
+
+    def _check_uses(self, uses: Mapping[nn.Module, Sequence[Use]]) -> None:
+        """Each layer was used once."""
+        if any(len(uses.get(layer, ())) != 1 for layer in self._handles):
             raise Unsuited
 
 
-def _measured(layer: nn.Module, use: Use, delta: Tensor | None, rows: int) -> Measured:
+def _measured(layer: nn.Module, use: Use, delta: Tensor | None, losses: Tensor) -> Measured:
     if delta is None or use.seen._version != use.version:
         raise Unsuited
-    if use.seen.dim() == 0 or delta.dim() == 0 or len(use.seen) != rows or len(delta) != rows:
+    if losses.dim() == 0 or not use.seen.shape[:1] == delta.shape[:1] == losses.shape:
         raise Unsuited
     seen = use.seen if use.seen.dtype == torch.long else use.seen.to(delta.dtype)
     return gram.measure(layer, seen, delta)

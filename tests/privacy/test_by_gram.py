@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fedistill import models
+from fedistill.distill.recipe import Recipe
 from fedistill.errors import FedistillError
-from fedistill.privacy import by_gram
+from fedistill.privacy import by_gram, by_opacus, layers
 from fedistill.privacy.by_gram import measurable
 from fedistill.privacy.clipping import Clipper, clipping_mode, cross_entropy
-from fedistill.privacy.rowwise import is_finite
+from fedistill.privacy.dpsgd import PrivateStudent
+from fedistill.privacy.rowwise import Unsuited, is_finite
+from fedistill.settings import PrivacySettings
+from fedistill.types import Rows
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 3
@@ -103,8 +105,17 @@ class Overwritten(Net):
 
 
 class Recomputed(Net):
+    """Its layer is used again on the way back, as gradient checkpointing does."""
+
     def hidden(self, inputs):
-        return checkpoint(super().hidden, inputs, use_reentrant=False)
+        found = super().hidden(inputs)
+        found.register_hook(lambda gradient: self.again(inputs, gradient))
+        return found
+
+    def again(self, inputs, gradient):
+        with torch.enable_grad():
+            self.body(inputs)
+        return gradient
 
 
 class HalfPrecision(Net):
@@ -243,6 +254,33 @@ def test_nothing_is_held_after_a_pass():
     assert not module.body._forward_hooks
 
 
+def test_whoever_asks_the_module_between_two_passes_is_not_heard():
+    module = made(Net)
+    with clipper(module) as by:
+        for _ in range(2):
+            by.step(np.arange(6), take)
+            with torch.no_grad():
+                module(X)
+            module(X[:1])
+        assert by.mode == "gram"
+
+
+class Catching(Net):
+    """It goes on where a hook objects."""
+
+    def hidden(self, inputs):
+        try:
+            with torch.no_grad():
+                self.body(inputs)
+        except Unsuited:
+            pass
+        return F.linear(inputs, self.body.weight, self.body.bias)
+
+
+def test_a_module_that_goes_on_where_a_hook_objects():
+    assert mode_after_a_step(made(Catching)) == "hooks"
+
+
 def test_leaves_are_counted_by_use():
     weight, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     found = by_gram._leaves((weight * weight + other).sum())
@@ -257,24 +295,25 @@ def test_what_is_finite(values, finite):
     assert is_finite([torch.ones(3), torch.tensor(values)]) is finite
 
 
-def test_opacus_is_not_imported_for_known_layers():
+def test_opacus_is_not_imported_for_known_layers(monkeypatch):
     """It takes seconds."""
-    text = """
-import sys
-import numpy as np
-from functools import partial
-from fedistill.distill.recipe import Recipe
-from fedistill.models import CNN
-from fedistill.privacy.dpsgd import PrivateStudent
-from fedistill.settings import PrivacySettings
-from fedistill.types import Rows
-learner = PrivateStudent(partial(CNN, 1, 3, width=4), Recipe(), classes=3, seed=1,
-                         privacy=PrivacySettings(mechanism="dpsgd", steps=2))
-rows = Rows(np.random.default_rng(0).normal(size=(9, 1, 8, 8)), np.arange(9) % 3)
-learner.quote(rows, np.arange(2))(1.0)
-learner.allow(1.0)
-learner.fit(rows, seed=1)
-assert learner._mode == "gram"
-assert "opacus" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", text], check=True)
+
+    def imported():
+        raise AssertionError
+
+    monkeypatch.setattr(layers, "import_opacus", imported)
+    monkeypatch.setattr(by_opacus, "import_opacus", imported)
+    learner = PrivateStudent(
+        partial(models.CNN, 1, 3, width=4),
+        Recipe(),
+        classes=3,
+        seed=1,
+        privacy=PrivacySettings(mechanism="dpsgd", steps=2),
+    )
+    rows = Rows(np.random.default_rng(0).normal(size=(9, 1, 8, 8)), np.arange(9) % 3)
+    learner.quote(rows, np.arange(2))(1.0)
+    learner.allow(1.0)
+    learner.fit(rows, seed=1)
+    assert learner._mode == "gram"
+    with pytest.raises(AssertionError):
+        clipping_mode(learner.module, "record", lambda *args: cross_entropy(*args))

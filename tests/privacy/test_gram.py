@@ -218,6 +218,13 @@ def test_a_gradient_that_is_too_long_to_be_measured_adds_nothing(run):
     assert_equal((norms[others], sums), run(module, inputs[others], LABELS[others]))
 
 
+@pytest.mark.parametrize(("seen", "delta"), [(1e19, 1e-23), (1e-23, 1e19), (1e18, 1e-24)])
+def test_what_float32_loses_does_not_make_a_gradient_short(seen, delta):
+    """The square of 1e-23 is 0."""
+    found = gram.squared_lengths(torch.full((1, 1), seen), torch.full((1, 1), delta), bias=False)
+    assert float(found.sqrt()) >= 0.999 * seen * delta
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     name=st.sampled_from(["linear", "mlp", "cnn", "few positions", "few places", "words"]),
