@@ -39,9 +39,8 @@ def layers_of(module: nn.Module) -> list[nn.Linear] | None:
 
 
 def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether these are the same tensors in the same order, each of them once."""
-    first, second = [id(tensor) for tensor in some], [id(tensor) for tensor in others]
-    return first == second and len(set(first)) == len(first)
+    """Whether these are the same tensors in the same order; a module names each but once."""
+    return [id(tensor) for tensor in some] == [id(tensor) for tensor in others]
 
 
 def _heard(layer: nn.Module) -> bool:
@@ -98,7 +97,6 @@ def through(
     biases: Sequence[Tensor],
     rows: Tensor,
     labels: Tensor,
-    present: Tensor | None = None,
 ) -> Pass:
     """One pass to the cross-entropy of each row and back.
 
@@ -107,7 +105,6 @@ def through(
         biases: ``[c, out]`` of each layer.
         rows: ``[c, rows, in]``.
         labels: ``[c, rows]``.
-        present: ``[c, rows]``, 0 for a row that is none; None: all are.
     """
     given = [rows]
     outputs = torch.baddbmm(biases[0][:, None], rows, weights[0].transpose(1, 2))
@@ -117,8 +114,6 @@ def through(
     delta = outputs.softmax(2)
     own = labels[..., None]
     delta.scatter_add_(2, own, torch.full_like(own, -1, dtype=delta.dtype))
-    if present is not None:
-        delta.mul_(present[..., None])
     deltas = [delta]
     for weight, seen in zip(reversed(weights[1:]), reversed(given[1:]), strict=True):
         delta = torch.bmm(delta, weight).mul_(seen > 0)
@@ -188,14 +183,14 @@ def noisy_gradients(
     Raises:
         RunError: weights are not finite.
     """
-    found = through(weights, biases, drawn.inputs, drawn.labels, drawn.present)
+    found = through(weights, biases, drawn.inputs, drawn.labels)
     norms = found.norms()
     usable = norms.isfinite()
     if not bool(usable.all()):  # such a row adds nothing, as in the clipping of a single client
         if not is_finite([*weights, *biases]):
             raise RunError(BROKEN_WEIGHTS)
         drawn = drawn.only(usable)
-        found = through(weights, biases, drawn.inputs, drawn.labels, drawn.present)
+        found = through(weights, biases, drawn.inputs, drawn.labels)
         norms = found.norms()
     for place, (random, share) in enumerate(zip(generators, sigma, strict=True)):
         spread = share * clip / float(expected[place])

@@ -66,6 +66,14 @@ class OutsideUnseen(Net):
         return F.linear(inputs, self.body.weight, self.body.bias)
 
 
+class Unheard(Net):
+    """No layer is used at all, weights alone are."""
+
+    def forward(self, inputs):
+        hidden = F.linear(inputs, self.body.weight, self.body.bias)
+        return F.linear(hidden, self.head.weight, self.head.bias)
+
+
 class BiasOutside(Net):
     def hidden(self, inputs):
         return super().hidden(inputs) + self.body.bias
@@ -149,6 +157,7 @@ REFUSED_WHEN_USED = [
     Outside,
     OutsideAlone,
     OutsideUnseen,
+    Unheard,
     BiasOutside,
     SameLayer,
     Overwritten,
