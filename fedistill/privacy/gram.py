@@ -62,16 +62,19 @@ def known(layer: nn.Module) -> bool:
         type(layer) in KINDS
         and learns <= {"weight", "bias"}
         and _PLAIN.get(type(layer), lambda layer: True)(layer)
-        and "forward" not in vars(layer)
-        and not any(
-            (
-                layer._forward_hooks,
-                layer._forward_pre_hooks,
-                layer._backward_hooks,
-                layer._backward_pre_hooks,
-            )
-        )
+        and not altered(layer)
     )
+
+
+def altered(layer: nn.Module) -> bool:
+    """Whether more happens in a layer than its class says."""
+    listeners = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return any(listeners) or "forward" in vars(layer)
 
 
 def measure(layer: nn.Module, seen: Tensor, delta: Tensor) -> Measured:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedistill.errors import RunError
 from fedistill.models import MLP, Linear
-from fedistill.privacy.gram import squared_lengths
+from fedistill.privacy.gram import altered, squared_lengths
 from fedistill.privacy.rowwise import BROKEN_WEIGHTS, factors_of, is_finite
 
 
@@ -32,26 +32,11 @@ def layers_of(module: nn.Module) -> list[nn.Linear] | None:
         return None
     linear = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
     held = [weight for layer in linear for weight in (layer.weight, layer.bias)]
-    if len(linear) < len(layers) or not _same(held, list(module.parameters())):
+    # A module names a weight of two layers but once.
+    if len(linear) < len(layers) or list(map(id, held)) != list(map(id, module.parameters())):
         return None
     plain = all(weight.requires_grad and weight.dtype == torch.float32 for weight in held)
-    return linear if plain and not any(map(_heard, module.modules())) else None
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Whether these are the same tensors in the same order; a module names each but once."""
-    return [id(tensor) for tensor in some] == [id(tensor) for tensor in others]
-
-
-def _heard(layer: nn.Module) -> bool:
-    """Whether more happens in a layer than its class says."""
-    listeners = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return any(listeners) or "forward" in vars(layer)
+    return linear if plain and not any(map(altered, module.modules())) else None
 
 
 # --- one pass ------------------------------------------------------------------------------------
@@ -93,10 +78,7 @@ class Pass:
 
 
 def through(
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    rows: Tensor,
-    labels: Tensor,
+    weights: Sequence[Tensor], biases: Sequence[Tensor], rows: Tensor, labels: Tensor
 ) -> Pass:
     """One pass to the cross-entropy of each row and back.
 
