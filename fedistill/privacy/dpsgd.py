@@ -40,7 +40,7 @@ class PrivateStudent(TorchStudent):
     Abadi et al., Deep Learning with Differential Privacy, arXiv 1607.00133. A noisy step draws
     every unit (record or user) by a coin of its own, clips each one's gradient, adds Gaussian noise
     to the sum and divides by the expected number of units; the optimizer of the recipe takes it
-    from there. Clipping is Opacus's (see :mod:`fedistill.privacy.clipping`), coins and noise come
+    from there. For ways of clipping see :mod:`fedistill.privacy.clipping`; coins and noise come
     from the operating system (see :mod:`fedistill.privacy.entropy`).
 
     ``fit`` on own rows has to be paid for (see :class:`fedistill.privacy.learner.Private`). Public
@@ -100,7 +100,7 @@ class PrivateStudent(TorchStudent):
         self._checked = loss is None and built_in(self.module)
         self._sigma: float | None = None
         self.listener: Callable[[nn.Module], None] | None = None
-        self._mode = clipping_mode(self.module, privacy.unit)
+        self._mode = clipping_mode(self.module, privacy.unit, self.loss)
         self._largest: int | None = None
         self.replay = replay
         self._mark = ""

@@ -1,9 +1,9 @@
 """Losses that break the clipping of single rows, found before the first private step.
 
-Opacus clips what it takes for the gradient of a row. Where the loss of a row depends on other rows
-of the batch, that gradient is not the row's own, its norm bounds nothing, and no error tells: the
-noise is too small for what one record can do. Three tests look for it on a few rows. A pass proves
-nothing; what they may miss is refused by name (:func:`refuse`).
+What is clipped is what is taken for the gradient of a row. Where the loss of a row depends on other
+rows of the batch, that gradient is not the row's own, its norm bounds nothing, and no error tells:
+the noise is too small for what one record can do. Three tests look for it on a few rows. A pass
+proves nothing; what they may miss is refused by name (:func:`refuse`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import seeded
 from fedistill.errors import FedistillError
-from fedistill.privacy.clipping import Clipper, NotGhostly, RowLoss, clipping_mode
+from fedistill.privacy.by_gram import measurable
+from fedistill.privacy.by_opacus import ghostly
+from fedistill.privacy.clipping import Clipper, RowLoss
 from fedistill.privacy.layers import hold_still
+from fedistill.privacy.rowwise import Unsuited
 from fedistill.seeding import generator
 from fedistill.types import IntArray
 
@@ -136,9 +139,10 @@ def sensitivity(
         clip: largest norm of a row's gradient.
     """
     worst = _moved(module, loss, inputs, labels, clip, "hooks")
-    if clipping_mode(module, "record") == "ghost":
-        with contextlib.suppress(NotGhostly):  # training takes hooks then, too
-            worst = max(worst, _moved(module, loss, inputs, labels, clip, "ghost"))
+    for mode, possible in (("gram", measurable), ("ghost", ghostly)):
+        if possible(module):
+            with contextlib.suppress(Unsuited):  # training takes hooks then, too
+                worst = max(worst, _moved(module, loss, inputs, labels, clip, mode))
     return worst
 
 

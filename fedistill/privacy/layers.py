@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fedistill.errors import FedistillError
+from fedistill.privacy import gram
 from fedistill.privacy.quiet import import_opacus
 
 GROUPS = 32
@@ -95,13 +96,15 @@ def _group_norm(layer: _BatchNorm) -> nn.GroupNorm:
 
 
 def _rejected(layer: nn.Module) -> bool:
-    import_opacus()
-    from opacus.validators import ModuleValidator
-
     if not any(weight.requires_grad for weight in layer.parameters(recurse=False)):
         attention = isinstance(layer, nn.MultiheadAttention)
         if not (attention and any(weight.requires_grad for weight in layer.parameters())):
             return False
+    if type(layer) in gram.KINDS:
+        return False
+    import_opacus()
+    from opacus.validators import ModuleValidator
+
     check = ModuleValidator.VALIDATORS.get(type(layer))
     if check is None:
         return isinstance(layer, nn.RNNBase)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import FedistillError
+from fedistill.privacy import guard
 from fedistill.privacy.clipping import cross_entropy
 from fedistill.privacy.guard import REFUSED, check_loss, refuse, sensitivity
 
@@ -125,6 +126,13 @@ BAD = {
 def test_a_row_moves_the_sum_of_a_sound_loss_by_the_norm(module, loss, count):
     rows = PRIVATE[0][:count], PRIVATE[1][:count]
     assert sensitivity(module, loss, *rows) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_every_way_of_clipping_that_training_may_take_is_tried(module, monkeypatch):
+    plain, tried = guard._moved, []
+    monkeypatch.setattr(guard, "_moved", lambda *args: (tried.append(args[-1]), plain(*args))[1])
+    sensitivity(module, cross_entropy, PRIVATE[0][:4], PRIVATE[1][:4])
+    assert tried == ["hooks", "gram", "ghost"]
 
 
 @pytest.mark.parametrize("loss", GOOD)
