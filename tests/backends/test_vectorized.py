@@ -63,6 +63,13 @@ RECIPES = {
     "mixed": Recipe(epochs=1, batch_size=8, mixup=0.5, temperature=2.0, calibrate=True),
     "phase": Recipe(epochs=1, batch_size=8, distil="phase", temperature=3.0, momentum=0.9),
     "never": Recipe(epochs=1, batch_size=8, distil="never"),
+    "adam": Recipe(epochs=1, batch_size=8, optimizer="adam", lr=0.01, weight_decay=0.01),
+    "adam, clipped": Recipe(
+        epochs=2, batch_size=8, optimizer="adam", lr=0.01, clip=0.5, average=0.9
+    ),
+    "adamw": Recipe(
+        epochs=1, batch_size=8, optimizer="adamw", lr=0.01, weight_decay=0.1, schedule="cosine"
+    ),
 }
 
 
@@ -129,17 +136,16 @@ class Own(nn.Module):
 
 def test_what_has_no_kernel_is_asked_alone_to_the_same_bytes_and_the_run_says_so():
     recipe = Recipe(epochs=1, batch_size=8)
-    adam = dataclasses.replace(recipe, optimizer="adam")
     clients = [
         Client("own", Own, gaussian(20, 0), training=recipe),
         Client("trees", gradient_boosting, gaussian(20, 1), training=recipe),
-        Client("adam", MLP, gaussian(20, 2), training=adam),
+        Client("nothing", Own, gaussian(0, 2), training=recipe),
         Client("known", MLP, gaussian(20, 3), training=recipe),
     ]
     chosen = dataclasses.replace(method("ds-fl"), codec="float32", client={"distil": "inside"})
     serial, _ = after(Serial, clients, chosen, 1)
     fast, _ = after(Vectorized, clients, chosen, 1)
-    for name in ("own", "trees", "adam"):
+    for name in ("own", "trees", "nothing"):
         sent = [Upload.from_bytes(fed.sites[name].upload).payload for fed in (serial, fast)]
         assert sent[0] == sent[1]
         assert alone(fast.sites[name])
