@@ -132,7 +132,7 @@ def _targets(
         sizes = [len(part.targets) for part in kind]
         starts.append(start + np.cumsum([0, *sizes[:-1]]))
         start += sum(sizes)
-        heat = 1.0 if kind[0].own else temperature
+        heat = 1.0 if kind[0].own or not kind[0].weight else temperature
         tables += [soften(part.targets, heat) for part in kind]
     return torch.cat(tables), starts
 

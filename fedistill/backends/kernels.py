@@ -17,12 +17,16 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam as torch_adam
+from torch.optim.adamw import adamw
 
 from fedistill.distill.optimizer import BETAS, EPSILON
 from fedistill.losses.soft_targets import SMALLEST
 
 PerClient = float | Tensor
 """One number for all clients, or one for each, ``[c]``."""
+PASSES = 40
+"""Multiply-adds that take as long as to read and write a weight's gradient some times."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +149,46 @@ def _of_each(stack: Stack, rows: Tensor) -> Tensor:
     return rows if rows.dim() == 3 else rows.expand(len(stack), *rows.shape)
 
 
+# --- clipping ------------------------------------------------------------------------------------
+
+
 def clip(gradient: Stack, largest: float) -> None:
     """Scale each client's gradient to this norm, where it is longer.
 
     As ``torch.nn.utils.clip_grad_norm_`` does for one model.
     """
     norms = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in gradient.tensors()]
-    length = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    _scale(gradient.tensors(), torch.linalg.vector_norm(torch.stack(norms), dim=0), largest)
+
+
+def few(stack: Stack, rows: int) -> bool:
+    """Whether products of so many rows cost less than a few passes over the gradient."""
+    sizes = [weight.shape[1] + weight.shape[2] for weight in stack.weights]
+    entries = sum(weight[0].numel() for weight in stack.weights)
+    return rows * rows * sum(sizes) < PASSES * entries
+
+
+def clip_deltas(given: Sequence[Tensor], deltas: Sequence[Tensor], largest: float) -> None:
+    """The same as :func:`clip` before the gradient is there, which is then never read by itself.
+
+    The gradient of a layer is a sum of products of a row's inputs and deltas, and so its squared
+    norm is one of products of rows with each other: sum of (x x' + 1) (d d') over all pairs of
+    rows, the 1 being that of the bias.
+    """
+    square: Tensor | float = 0.0
+    for seen, delta in zip(given, deltas, strict=True):
+        by_row = delta.mT if delta is deltas[-1] else delta
+        rows = torch.matmul(seen, seen.mT) + 1
+        square = square + (rows * torch.bmm(by_row, by_row.mT)).sum((1, 2))
+    assert isinstance(square, Tensor)
+    _scale(deltas, square.clamp_min(0).sqrt(), largest)
+
+
+def _scale(tensors: Sequence[Tensor], length: Tensor, largest: float) -> None:
+    """Scale tensors of each client as one vector of this length is cut to the largest."""
     scale = (largest / (length + 1e-6)).clamp(max=1.0)
     if bool((scale < 1.0).any()):
-        for tensor in gradient.tensors():
+        for tensor in tensors:
             tensor.mul_(_along(scale, tensor))
 
 
@@ -183,44 +217,52 @@ def decay(gradient: Stack, stack: Stack, rate: float) -> None:
         found.add_(weight, alpha=rate)
 
 
-def shrink(stack: Stack, share: PerClient) -> None:
-    """Take a share of the matrices away, as AdamW decays them (arXiv 1711.05101)."""
-    for weight in stack.weights:
-        weight.mul_(1 - (share if isinstance(share, float) else _along(share, weight)))
-
-
 def adam(
     stack: Stack,
     gradient: Stack,
     moments: Sequence[Stack],
     taken: Sequence[float],
     rates: Sequence[float],
+    decay: float = 0.0,
+    decoupled: bool = False,
 ) -> None:
-    """One step of Adam (arXiv 1412.6980), in the order of operations of ``torch.optim``.
+    """One step of Adam, by ``torch.optim``'s kernel that reads and writes everything once.
 
     Args:
         stack: what moves.
         gradient: along it.
         moments: means of the gradient, and of its square.
-        taken: how many steps each client has taken, this one included.
+        taken: how many steps each client has taken before.
         rates: learning rate of each.
+        decay: of matrices.
+        decoupled: decay as AdamW does.
     """
-    mean, square = moments
-    sizes = [rate / (1 - BETAS[0] ** count) for rate, count in zip(rates, taken, strict=True)]
-    size = for_each(sizes, stack)
-    scales = [(1 - BETAS[1] ** count) ** 0.5 for count in taken]
-    for m, g in _pairs(mean, gradient):
-        m.lerp_(g, 1 - BETAS[0])
-    for s, g in _pairs(square, gradient):
-        s.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-    if isinstance(size, float):  # as many steps at one rate: so is the scale
-        for (weight, m), (_, s) in zip(_pairs(stack, mean), _pairs(stack, square), strict=True):
-            weight.addcdiv_(m, s.sqrt().div_(scales[0]).add_(EPSILON), value=-size)
-        return
-    scale = torch.tensor(scales, dtype=size.dtype, device=size.device)
-    for weight, m, s in zip(stack.tensors(), mean.tensors(), square.tensors(), strict=True):
-        root = s.sqrt().div_(_along(scale, s)).add_(EPSILON)
-        weight.addcdiv_(m * _along(size, m), root, value=-1)
+    alike = len({*zip(taken, rates, strict=True)}) == 1
+    groups = [slice(None)] if alike else [slice(k, k + 1) for k in range(len(stack))]
+    for group, count, rate in zip(groups, taken, rates, strict=False):
+        for kind, rotten in (("weights", decay), ("biases", 0.0)):
+            moved, found, mean, square = (
+                [tensor[group] for tensor in getattr(each, kind)]
+                for each in (stack, gradient, *moments)
+            )
+            steps = [torch.tensor(count, device=moved[0].device) for _ in moved]
+            take = adamw if decoupled else torch_adam
+            take(
+                moved,
+                found,
+                mean,
+                square,
+                [],
+                steps,
+                fused=True,
+                amsgrad=False,
+                beta1=BETAS[0],
+                beta2=BETAS[1],
+                lr=rate,
+                weight_decay=rotten,
+                eps=EPSILON,
+                maximize=False,
+            )
 
 
 def average(averaged: Stack, stack: Stack, keep: PerClient) -> None:

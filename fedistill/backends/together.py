@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -155,7 +155,6 @@ class Drill:
         """Take all steps, and count them."""
         self.recipe = self.students[0].recipe
         self.begun = [steps_taken(student) for student in self.students]
-        self.gradient = self.taught.zeros() if self._apart() else None
         for step, fed in enumerate(feed(self.lessons, self.recipe.temperature)):
             self._step(step, fed)
             for student, count in zip(self.students, fed.counts, strict=False):
@@ -163,26 +162,30 @@ class Drill:
             if self.averaged is not None:
                 self._follow(len(fed.counts))
 
-    def _apart(self) -> bool:
-        """Whether the gradient is needed by itself, and not only in the momentum."""
-        return bool(self.recipe.clip or self.recipe.weight_decay or len(self.moments) != 1)
+    @cached_property
+    def gradient(self) -> Stack:
+        """Where a gradient is held by itself, if it must be."""
+        return self.taught.zeros()
 
     def _step(self, step: int, fed: Fed) -> None:
         """One step of the students that have a batch."""
-        active = len(fed.counts)
+        recipe, active = self.recipe, len(fed.counts)
         stack = self.taught.first(active)
         moments = [moment.first(active) for moment in self.moments]
         outputs, given = kernels.forward(stack, fed.inputs)
         deltas = kernels.backward(stack, given, self._delta(outputs, fed))
-        rates = self._rates(step, active)
-        if self.gradient is None:
-            kernels.accumulate(moments[0], given, deltas, self.recipe.momentum or 0.0)
+        rates, clip = self._rates(step, active), recipe.clip
+        if clip and kernels.few(stack, fed.inputs.shape[1]):
+            kernels.clip_deltas(given, deltas, clip)
+            clip = 0.0
+        if recipe.optimizer == "sgd" and moments and not clip and not recipe.weight_decay:
+            kernels.accumulate(moments[0], given, deltas, recipe.momentum or 0.0)
             kernels.step(stack, moments[0], kernels.for_each(rates, stack))
             return
         gradient = self.gradient.first(active)
         kernels.accumulate(gradient, given, deltas, 0.0)
-        if self.recipe.clip:
-            kernels.clip(gradient, self.recipe.clip)
+        if clip:
+            kernels.clip(gradient, clip)
         self._move(stack, gradient, moments, rates, step)
 
     def _move(
@@ -194,18 +197,19 @@ class Drill:
         step: int,
     ) -> None:
         """Take the optimizer's step along a gradient."""
-        recipe, rate = self.recipe, kernels.for_each(rates, stack)
-        if recipe.weight_decay and recipe.optimizer == "adamw":
-            kernels.shrink(stack, rate * recipe.weight_decay)
-        elif recipe.weight_decay:
-            kernels.decay(gradient, stack, recipe.weight_decay)
+        recipe = self.recipe
         if recipe.optimizer != "sgd":
-            taken = [begun + step + 1 for begun in self.begun[: len(stack)]]
-            kernels.adam(stack, gradient, moments, taken, rates)
+            taken = [begun + step for begun in self.begun[: len(stack)]]
+            decoupled = recipe.optimizer == "adamw"
+            decay = recipe.weight_decay
+            kernels.adam(stack, gradient, moments, taken, rates, decay, decoupled)
             return
+        if recipe.weight_decay:
+            kernels.decay(gradient, stack, recipe.weight_decay)
         if moments:
             kernels.fold(moments[0], gradient, recipe.momentum or 0.0)
-        kernels.step(stack, moments[0] if moments else gradient, rate)
+        along = moments[0] if moments else gradient
+        kernels.step(stack, along, kernels.for_each(rates, stack))
 
     def _delta(self, outputs: Tensor, fed: Fed) -> Tensor:
         """Gradient of the loss by the outputs, ``[c, out, rows]``."""

@@ -48,9 +48,11 @@ class Vectorized:
             names = plan.clients[start : start + WINDOW]
             works = {name: Work(self.sites[name]) for name in names if not alone(self.sites[name])}
             heard: dict[str, Reply | Failure] = {}
+            proxies = {id(work.site.proxy): work.site.proxy for work in works.values()}
+            measured = {key: proxy.measure() for key, proxy in proxies.items()}
             for name, work in works.items():
                 try:
-                    work.begin(plan.message(name))
+                    work.begin(plan.message(name), measured[id(work.site.proxy)])
                 except Rejected as refusal:
                     heard[name] = Failure(name, plan.round, refusal.reason)
             with matmul_precision(best_mode()), torch.no_grad():
@@ -90,13 +92,17 @@ class Work:
         assert isinstance(self.site.learner, TorchStudent)
         return self.site.learner
 
-    def begin(self, message: bytes) -> None:
+    def begin(self, message: bytes, measured: str) -> None:
         """All of the step before training: its lessons are noted and not learned yet.
+
+        Args:
+            message: the plan.
+            measured: what the site's proxy rows were just measured to be.
 
         Raises:
             Rejected: as :meth:`fedistill.client.Site.answer`.
         """
-        begun = self.site.begin(message)
+        begun = self.site.begin(message, measured)
         if isinstance(begun, bytes):
             self.answer = begun
             return

@@ -149,6 +149,75 @@ def test_three_steps_are_those_of_torch_sgd(build, clipped):
         torch.testing.assert_close(found, other)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_clipping_before_the_gradient_is_there_is_clipping(build, shared):
+    stack = stacked(students(build))
+    rows = drawn(ROWS, INPUTS) if shared else drawn(3, ROWS, INPUTS)
+    logits, given = kernels.forward(stack, rows)
+    # The first is shorter than the limit and stays as it is.
+    delta = logits * torch.tensor([1e-3, 1.0, 5.0], dtype=torch.float64)[:, None, None]
+    deltas = kernels.backward(stack, given, delta)
+    wanted, found = stack.zeros(), stack.zeros()
+    kernels.accumulate(wanted, given, deltas, 0.0)
+    before = wanted.weights[0].clone()
+    kernels.clip(wanted, 2.0)
+    kernels.clip_deltas(given, deltas, 2.0)
+    kernels.accumulate(found, given, deltas, 0.0)
+    assert torch.equal(wanted.weights[0][0], before[0])
+    assert not torch.equal(wanted.weights[0][2], before[2])
+    for tensor, other in zip(found.tensors(), wanted.tensors(), strict=True):
+        torch.testing.assert_close(tensor, other)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("begun", "rates"), [((0, 0, 0), (0.1,) * 3), ((0, 2, 1), (0.1, 0.2, 0.1))]
+)
+def test_adam_is_that_of_torch_for_clients_at_different_steps_too(kind, begun, rates):
+    modules = students(BUILDS["mlp"])
+    optimizers = [
+        kind(
+            [
+                {"params": [w for w in m.parameters() if w.dim() > 1], "weight_decay": 0.05},
+                {"params": [w for w in m.parameters() if w.dim() == 1], "weight_decay": 0.0},
+            ],
+            lr=rate,
+        )
+        for m, rate in zip(modules, rates, strict=True)
+    ]
+
+    def walk(module, optimizer, turn):
+        module.zero_grad()
+        module(drawn(ROWS, INPUTS, seed=turn)).square().mean().backward()
+        optimizer.step()
+
+    for module, optimizer, count in zip(modules, optimizers, begun, strict=True):
+        for turn in range(count):
+            walk(module, optimizer, turn)
+    stack, moments = stacked(modules), [stacked(modules).zeros(), stacked(modules).zeros()]
+    for moment, key in zip(moments, ["exp_avg", "exp_avg_sq"], strict=True):
+        for k, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+            held = [optimizer.state[w].get(key) for w in module.parameters()]
+            if held[0] is not None:
+                for tensor, value in zip(moment.as_modules(), held[::2], strict=True):
+                    tensor[k].copy_(value)
+                for tensor, value in zip(moment.biases, held[1::2], strict=True):
+                    tensor[k].copy_(value)
+    for turn in range(2):
+        outputs, given = kernels.forward(stack, drawn(ROWS, INPUTS, seed=9 + turn))
+        deltas = kernels.backward(stack, given, 2 * outputs / outputs[0].numel())
+        gradient = stack.zeros()
+        kernels.accumulate(gradient, given, deltas, 0.0)
+        taken = [float(count + turn) for count in begun]
+        decoupled = kind is torch.optim.AdamW
+        kernels.adam(stack, gradient, moments, taken, rates, 0.05, decoupled)
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            walk(module, optimizer, 9 + turn)
+    for found, wanted in zip(stack.tensors(), stacked(modules).tensors(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_momentum_folded_into_the_product_is_momentum():
     stack = stacked(students(BUILDS["mlp"]))
     folded, apart, gradient = stack.zeros(), stack.zeros(), stack.zeros()
