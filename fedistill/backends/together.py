@@ -29,7 +29,7 @@ from fedistill.backends.stacking import (
     values,
     without_score,
 )
-from fedistill.backends.tuning import PREDICT_ROWS, block_of
+from fedistill.backends.tuning import PREDICT_ROWS, Shape
 from fedistill.distill.optimizer import falling
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import Lesson, TorchStudent
@@ -61,6 +61,14 @@ def kind_of(student: TorchStudent, lessons: Sequence[Lesson]) -> tuple[object, .
     return student.recipe, student.classes, student.scored, student.device, shapes, parts
 
 
+def shape_of(student: TorchStudent) -> Shape:
+    """What the speed of a student depends on; a step has own rows and as many public ones."""
+    matrices = [weight for weight in student.module.parameters() if weight.dim() > 1]
+    sizes = [matrices[0].shape[1], *[len(weight) for weight in matrices]]
+    sizes[-1] += student.scored
+    return Shape(tuple(sizes), 2 * student.recipe.batch_size, student.device.type)
+
+
 # --- a block -------------------------------------------------------------------------------------
 
 
@@ -71,10 +79,12 @@ class Bench:
     Attributes:
         students: all of one kind.
         lessons: of each, what it is to train on, in turn.
+        rows: of one product when predicting.
     """
 
     students: Sequence[TorchStudent]
     lessons: Sequence[Sequence[Lesson]]
+    rows: int = PREDICT_ROWS
 
     def teach(self) -> None:
         """Train all of them on their lessons."""
@@ -103,7 +113,7 @@ class Bench:
         stack = gather(self.students, speaking)
         logits = np.empty((count, len(rows), classes), dtype=np.float32)
         scores = np.zeros((count, len(rows)), dtype=np.float32)
-        for part, found in kernels.predict(stack, rows, PREDICT_ROWS):
+        for part, found in kernels.predict(stack, rows, self.rows):
             said = found.cpu().numpy()
             logits[:, part] = said[:, :classes].transpose(0, 2, 1)
             if self.students[0].scored:
@@ -111,13 +121,10 @@ class Bench:
         return [Answers(*one) for one in zip(logits, scores, strict=True)]
 
 
-def benches(
-    students: Sequence[TorchStudent], lessons: Sequence[Sequence[Lesson]]
-) -> list[list[int]]:
-    """Which students of one kind to train side by side, by their places."""
+def benches(lessons: Sequence[Sequence[Lesson]], size: int) -> list[list[int]]:
+    """Which students of one kind to train side by side, by their places, so many at once."""
     length = [max((len(one.batches) for one in turns), default=0) for turns in lessons]
-    order = sorted(range(len(students)), key=lambda place: -length[place])
-    size = block_of(sum(weight.numel() for weight in students[0]._weights()))
+    order = sorted(range(len(lessons)), key=lambda place: -length[place])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 

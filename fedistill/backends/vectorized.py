@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedistill.backends import Reply
 from fedistill.backends.precision import best_mode, matmul_precision
-from fedistill.backends.together import Bench, benches, kind_of, unfit
+from fedistill.backends.together import Bench, benches, kind_of, shape_of, unfit
+from fedistill.backends.tuning import Choices
 from fedistill.client import Site
 from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.errors import Rejected
@@ -31,15 +33,24 @@ class Vectorized:
     """Asks the sites in the order of the plan, a hundred at a time, and trains them side by side.
 
     A site that cannot be trained so (another model than Linear or MLP of
-    :mod:`fedistill.models`, another optimizer than sgd, private or bad clients, streams, tables) is
-    asked alone, as the serial backend asks it.
+    :mod:`fedistill.models`, private or bad clients, streams, tables) is asked alone, as the serial
+    backend asks it.
+
+    Args:
+        sites: all of them.
+        record: a file that keeps how many were trained side by side, for a run that goes on; None:
+            nothing is kept.
+        tune: have that measured, and not chosen by facts.
 
     Attributes:
         notes: who is asked alone, and why.
     """
 
-    def __init__(self, sites: Mapping[str, Site]) -> None:
+    def __init__(
+        self, sites: Mapping[str, Site], record: Path | None = None, tune: bool = False
+    ) -> None:
         self.sites = sites
+        self.choices = Choices(record, tune)
         self.notes = list(remarks(sites))
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
@@ -55,8 +66,9 @@ class Vectorized:
                     work.begin(plan.message(name), measured[id(work.site.proxy)])
                 except Rejected as refusal:
                     heard[name] = Failure(name, plan.round, refusal.reason)
-            with matmul_precision(best_mode()), torch.no_grad():
-                together([work for work in works.values() if work.plan is not None])
+            at_work = [work for work in works.values() if work.plan is not None]
+            with torch.no_grad():
+                together(at_work, self.choices)
             for name in names:
                 yield heard[name] if name in heard else self._end(plan, name, works.get(name))
 
@@ -151,7 +163,7 @@ class Pupil:
             self.lessons.append(lesson)
 
 
-def together(works: Sequence[Work]) -> None:
+def together(works: Sequence[Work], choices: Choices) -> None:
     """Train and ask the students of sites at work, those of one kind side by side."""
     kinds: dict[Any, list[Work]] = {}
     for work in works:
@@ -159,13 +171,17 @@ def together(works: Sequence[Work]) -> None:
     for alike in kinds.values():
         plan = alike[0].plan
         assert plan is not None
-        asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
         students, lessons = [work.student for work in alike], [work.lessons for work in alike]
-        for places in benches(students, lessons):
-            bench = Bench([students[at] for at in places], [lessons[at] for at in places])
-            bench.teach()
-            for at, said in zip(places, bench.ask(asked), strict=True):
-                alike[at].said = said
+        asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
+        asked = asked.to(students[0].device)
+        choice = choices.of(plan.run, shape_of(students[0]))
+        with matmul_precision(choice.mode):
+            for places in benches(lessons, choice.block):
+                taught = [students[at] for at in places]
+                bench = Bench(taught, [lessons[at] for at in places], choice.rows)
+                bench.teach()
+                for at, said in zip(places, bench.ask(asked), strict=True):
+                    alike[at].said = said
 
 
 def alone(site: Site) -> str:

@@ -279,6 +279,6 @@ def test_a_mode_that_gains_nothing_or_has_the_error_of_bfloat16_is_not_chosen(
     monkeypatch, vendor, family, error, mode
 ):
     said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
-    monkeypatch.setattr(precision, "_processor", lambda: said)
+    monkeypatch.setattr(precision, "processor", lambda: said)
     monkeypatch.setattr(precision, "error_of", lambda mode: error)
     assert precision.best_mode.__wrapped__() == mode
