@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fedistill.backends import Reply
 from fedistill.backends.precision import best_mode, matmul_precision
@@ -59,16 +61,17 @@ class Vectorized:
             names = plan.clients[start : start + WINDOW]
             works = {name: Work(self.sites[name]) for name in names if not alone(self.sites[name])}
             heard: dict[str, Reply | Failure] = {}
+            resident = Resident()
             proxies = {id(work.site.proxy): work.site.proxy for work in works.values()}
             measured = {key: proxy.measure() for key, proxy in proxies.items()}
             for name, work in works.items():
                 try:
-                    work.begin(plan.message(name), measured[id(work.site.proxy)])
+                    work.begin(plan.message(name), measured[id(work.site.proxy)], resident)
                 except Rejected as refusal:
                     heard[name] = Failure(name, plan.round, refusal.reason)
             at_work = [work for work in works.values() if work.plan is not None]
             with torch.no_grad():
-                together(at_work, self.choices)
+                together(at_work, self.choices, resident)
             for name in names:
                 yield heard[name] if name in heard else self._end(plan, name, works.get(name))
 
@@ -104,12 +107,13 @@ class Work:
         assert isinstance(self.site.learner, TorchStudent)
         return self.site.learner
 
-    def begin(self, message: bytes, measured: str) -> None:
+    def begin(self, message: bytes, measured: str, resident: Resident) -> None:
         """All of the step before training: its lessons are noted and not learned yet.
 
         Args:
             message: the plan.
             measured: what the site's proxy rows were just measured to be.
+            resident: public rows on their device.
 
         Raises:
             Rejected: as :meth:`fedistill.client.Site.answer`.
@@ -119,7 +123,7 @@ class Work:
             self.answer = begun
             return
         student = self.student
-        pupil = Pupil(student)
+        pupil = Pupil(student, resident)
         self.site.learner = pupil
         try:
             self.site.absorb(begun)
@@ -133,11 +137,28 @@ class Work:
         return self.answer if self.plan is None else self.site.finish(self.plan, self.said)
 
 
+class Resident:
+    """Public rows that were sent to a device, once for all clients that see the same."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], tuple[FloatArray, Tensor]] = {}
+
+    def rows(self, inputs: FloatArray, device: torch.device) -> Tensor:
+        """These rows there; on the CPU they are not copied."""
+        place = inputs.__array_interface__["data"][0]
+        key = place, inputs.shape, inputs.strides, device
+        if key not in self._held:  # beside the array, which keeps its place while this lives
+            sent = torch.as_tensor(np.asarray(inputs, dtype=np.float32)).to(device)
+            self._held[key] = inputs, sent
+        return self._held[key][1]
+
+
 class Pupil:
     """Stands for a student that is trained later: notes what it would train on."""
 
-    def __init__(self, student: TorchStudent) -> None:
+    def __init__(self, student: TorchStudent, resident: Resident) -> None:
         self.student = student
+        self.resident = resident
         self.lessons: list[Lesson] = []
         self.predict = student.predict
         self.state_dict = student.state_dict
@@ -152,7 +173,8 @@ class Pupil:
         weights: FloatArray | None = None,
     ) -> None:
         """Note a phase on soft targets, or keep them."""
-        self._note(self.student.hear(inputs, soft_targets, seed=seed, weights=weights))
+        rows = self.resident.rows(inputs, self.student.device)
+        self._note(self.student.hear(rows, soft_targets, seed=seed, weights=weights))
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Note the training on own rows."""
@@ -163,7 +185,7 @@ class Pupil:
             self.lessons.append(lesson)
 
 
-def together(works: Sequence[Work], choices: Choices) -> None:
+def together(works: Sequence[Work], choices: Choices, resident: Resident) -> None:
     """Train and ask the students of sites at work, those of one kind side by side."""
     kinds: dict[Any, list[Work]] = {}
     for work in works:
@@ -172,8 +194,8 @@ def together(works: Sequence[Work], choices: Choices) -> None:
         plan = alike[0].plan
         assert plan is not None
         students, lessons = [work.student for work in alike], [work.lessons for work in alike]
-        asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
-        asked = asked.to(students[0].device)
+        rows = alike[0].site.proxy.take(plan.rows())
+        asked = resident.rows(rows, students[0].device).flatten(1)
         choice = choices.of(plan.run, shape_of(students[0]))
         with matmul_precision(choice.mode):
             for places in benches(lessons, choice.block):

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from builders import INPUTS, federation, gaussian, held_out, read_lines, write_settings
 from torch import nn
 
@@ -14,7 +15,7 @@ from fedistill import config, experiment, models
 from fedistill.backends import tuning
 from fedistill.backends.serial import Serial
 from fedistill.backends.unreliable import unreliable
-from fedistill.backends.vectorized import Vectorized, alone
+from fedistill.backends.vectorized import Resident, Vectorized, alone
 from fedistill.client import Client
 from fedistill.distill.recipe import Recipe
 from fedistill.models import gradient_boosting
@@ -247,6 +248,30 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_targets(tmp_path):
     assert run(4, tmp_path / "parts", resume=True) == whole
     lines = [read_lines(tmp_path / name / "rounds.jsonl") for name in ("whole", "parts")]
     assert lines[0] == lines[1]
+
+
+def test_public_rows_are_sent_to_a_device_once_for_all_and_not_copied_on_the_cpu():
+    resident, device = Resident(), torch.device("cpu")
+    rows = gaussian(6, 0).inputs.astype(np.float32)
+    first = resident.rows(rows, device)
+    assert resident.rows(rows[:], device) is first
+    assert first.data_ptr() == torch.from_numpy(rows).data_ptr()
+    np.testing.assert_array_equal(resident.rows(rows[:3], device), rows[:3])
+    np.testing.assert_array_equal(resident.rows(rows[::2], device), rows[::2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("recipe", [RECIPES["plain"], RECIPES["adam"]], ids=["sgd", "adam"])
+def test_on_a_gpu_it_teaches_what_it_teaches_on_the_cpu(recipe):
+    chosen = dataclasses.replace(method("fedistill"), codec="float32", cache=False)
+    found = []
+    for device, backend in (("cpu", Serial), ("cuda", Vectorized)):
+        clients = people(4, MLP, recipe)
+        fed = federation(clients, method=chosen, per_round=30, quorum=1, device=device)
+        list(fed.run(2, backend=backend))
+        found.append(fed.sites)
+    for name, site in found[0].items():
+        np.testing.assert_allclose(found[1][name].targets, site.targets, atol=1e-4)
 
 
 def test_lost_clients_are_lost_as_with_the_serial_backend():
