@@ -29,7 +29,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -41,8 +41,10 @@ from split import split
 from task import (
     BATCH,
     CLASSES,
+    INPUTS,
     MODELS,
     MOMENTUM,
+    OWN,
     PUBLIC,
     RATE,
     Engine,
@@ -61,16 +63,12 @@ from turns import measure
 from fedistill.backends import kernels
 from fedistill.backends.kernels import Stack
 from fedistill.backends.precision import best_mode, matmul_precision
-from fedistill.backends.together import block_of
+from fedistill.backends.tuning import PREDICT_ROWS, block_of
 from fedistill.distill.batches import Batch, Batches
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.losses import soft_cross_entropy
 from fedistill.models import parameter_count, threads
-
-CHUNK = 500
-"""Public rows that the kernels predict at a time."""
-
 
 # --- engines -------------------------------------------------------------------------------------
 
@@ -141,54 +139,68 @@ def serial(given: Task) -> Outcome:
 
 
 def vectorized(given: Task) -> Outcome:
-    """Blocks of clients side by side, the public rows in one product."""
-    size = sum(weight.numel() for weight in given.starts[0])
-    block = block_of(size)
-    stacks, sums = [], torch.zeros(PUBLIC, CLASSES)
-    even = torch.full((1, BATCH), 1 / BATCH)
+    """Blocks of clients side by side, each step of a block one call of the kernels."""
+    sizes = [INPUTS, *[len(bias) for bias in given.starts[0][1::2]]]
+    count = sum(weight.numel() for weight in given.starts[0])
+    block, weights = block_of(count), torch.empty(len(given), count)
+    stacks, sums = [], torch.zeros(CLASSES, PUBLIC)
     with matmul_precision(best_mode()), torch.inference_mode():
-        hot = F.one_hot(given.labels, CLASSES).float()
+        hot = F.one_hot(given.labels, CLASSES).float().flatten(0, 1)
+        rows, proxy = given.inputs.flatten(0, 1), given.proxy[given.order]
         for start in range(0, len(given), block):
-            stack = stacked(given.starts[start : start + block])
-            momentum = stack.zeros()
-            who = torch.arange(start, start + len(stack))[:, None]
-            for number, index in enumerate(given.orders[start : start + block].split(BATCH, 1)):
-                rows, wanted = given.inputs[who, index], hot[who, index]
-                step(stack, momentum, rows, wanted, even, MOMENTUM if number else 0.0)
-            for part in range(0, PUBLIC, CHUNK):
-                logits, _ = kernels.forward(stack, given.proxy[part : part + CHUNK])
-                sums[part : part + CHUNK] += logits.softmax(2).sum(0)
+            stack = stacked(given.starts[start : start + block], sizes)
+            orders = given.orders[start : start + block]
+            whole = orders + torch.arange(start, start + len(stack))[:, None] * OWN
+            steps = whole.view(len(stack), -1, BATCH).transpose(0, 1)
+            descend(stack, ((picked(rows, index), picked(hot, index)) for index in steps))
+            for part, logits in kernels.predict(stack, given.proxy, PREDICT_ROWS):
+                sums[:, part] += logits.softmax(1).sum(0)
             stacks.append(stack)
-        mean = given.mean(sums)
-        even = torch.full((given.batch,), 1 / given.batch)
-        for stack in stacks:
-            momentum = stack.zeros()
-            for number, index in enumerate(given.order.split(given.batch)):
-                rows, wanted = given.proxy[index], mean[index]
-                step(stack, momentum, rows, wanted, even, MOMENTUM if number else 0.0)
-    return mean, torch.cat([unstacked(stack) for stack in stacks])
+        mean = given.mean(sums.t().contiguous())
+        goals = mean[given.order]
+        for number, stack in enumerate(stacks):
+            descend(stack, zip(proxy.split(given.batch), goals.split(given.batch), strict=True))
+            unstack(stack, weights[number * block :])
+    return mean, weights
 
 
-def step(
-    stack: Stack, momentum: Stack, rows: Tensor, wanted: Tensor, weight: Tensor, keep: float
+def descend(
+    stack: Stack, steps: Iterable[tuple[Tensor, Tensor]], momentum: float = MOMENTUM
 ) -> None:
-    """One step of momentum SGD for a block."""
-    logits, given = kernels.forward(stack, rows)
-    deltas = kernels.backward(stack, given, kernels.soft_delta(logits, wanted, weight))
-    kernels.accumulate(momentum, given, deltas, keep)
-    kernels.step(stack, momentum, RATE)
+    """Steps of SGD for a block, on rows and targets of each client or of all."""
+    moved = stack.zeros()
+    for number, (rows, wanted) in enumerate(steps):
+        even = torch.full((rows.shape[-2],), 1 / rows.shape[-2])
+        logits, given = kernels.forward(stack, rows)
+        deltas = kernels.backward(stack, given, kernels.soft_delta(logits, wanted.mT, even))
+        kernels.accumulate(moved, given, deltas, momentum if number else 0.0)
+        kernels.step(stack, moved, RATE)
 
 
-def stacked(starts: list[list[Tensor]]) -> Stack:
+def picked(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of each client, ``[c, rows, ...]``."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, -1)
+
+
+def stacked(starts: list[list[Tensor]], sizes: list[int]) -> Stack:
     """The weights of a block of clients."""
-    columns = [torch.stack(column) for column in zip(*starts, strict=True)]
-    return Stack(tuple(columns[::2]), tuple(columns[1::2]))
+    stack = Stack.blank(sizes, len(starts), starts[0][0])
+    for place, start in enumerate(starts):
+        for held, weight in zip(stack.as_modules(), start[::2], strict=True):
+            held[place].copy_(weight)
+        for held, bias in zip(stack.biases, start[1::2], strict=True):
+            held[place].copy_(bias)
+    return stack
 
 
-def unstacked(stack: Stack) -> Tensor:
-    """All weights of a block, ``[clients, weights]``."""
-    pairs = zip(stack.weights, stack.biases, strict=True)
-    return torch.cat([tensor.flatten(1) for pair in pairs for tensor in pair], 1)
+def unstack(stack: Stack, weights: Tensor) -> None:
+    """Write all weights of a block into the first rows of ``[clients, weights]``."""
+    first, start = weights[: len(stack)], 0
+    for pair in zip(stack.as_modules(), stack.biases, strict=True):
+        for tensor in pair:
+            size = tensor[0].numel()
+            first[:, start : start + size].view(tensor.shape).copy_(tensor)
+            start += size
 
 
 VECTORIZED: dict[str, Callable[[Task], Outcome]] = {"mlp": vectorized, "linear": vectorized}

@@ -18,13 +18,13 @@ from functools import partial
 from importlib.util import find_spec
 
 import torch
-from fd_round import apart, stacked, steady, step, unstacked
-from task import BATCH, CLASSES, RATE, Engine, Outcome, Task, begin, flat, task
+from fd_round import apart, descend, picked, stacked, steady, unstack
+from task import BATCH, CLASSES, INPUTS, OWN, RATE, Engine, Outcome, Task, begin, flat, task
 from torch.nn import functional as F
 from turns import measure
 
 from fedistill.backends.precision import best_mode, matmul_precision
-from fedistill.backends.together import block_of
+from fedistill.backends.tuning import block_of
 
 
 def common(model: str, clients: int) -> Task:
@@ -50,19 +50,20 @@ def loop(given: Task) -> Outcome:
 
 def kernels(given: Task) -> Outcome:
     """Blocks of users side by side."""
-    block = block_of(sum(weight.numel() for weight in given.starts[0]))
-    even = torch.full((1, BATCH), 1 / BATCH)
-    total = torch.zeros(sum(weight.numel() for weight in given.starts[0]))
+    sizes = [INPUTS, *[len(bias) for bias in given.starts[0][1::2]]]
+    count = sum(weight.numel() for weight in given.starts[0])
+    block, found = block_of(count), torch.empty(len(given), count)
     with matmul_precision(best_mode()), torch.inference_mode():
-        hot = F.one_hot(given.labels, CLASSES).float()
+        hot = F.one_hot(given.labels, CLASSES).float().flatten(0, 1)
+        rows = given.inputs.flatten(0, 1)
         for start in range(0, len(given), block):
-            stack = stacked(given.starts[start : start + block])
-            moved = stack.zeros()
-            who = torch.arange(start, start + len(stack))[:, None]
-            for index in given.orders[start : start + block].split(BATCH, 1):
-                step(stack, moved, given.inputs[who, index], hot[who, index], even, 0.0)
-            total += unstacked(stack).sum(0)
-    return torch.empty(0), total / len(given)
+            stack = stacked(given.starts[start : start + block], sizes)
+            orders = given.orders[start : start + block]
+            whole = orders + torch.arange(start, start + len(stack))[:, None] * OWN
+            steps = whole.view(len(stack), -1, BATCH).transpose(0, 1)
+            descend(stack, ((picked(rows, index), picked(hot, index)) for index in steps), 0.0)
+            unstack(stack, found[start:])
+    return torch.empty(0), found.mean(0)
 
 
 def pfl(given: Task):

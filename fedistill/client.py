@@ -166,12 +166,17 @@ class Site(Kept):
         self.train(begun)
         return self.finish(begun)
 
-    def begin(self, message: bytes) -> Plan | bytes:
-        """Agree to a plan, turn to the rows of the day and pay; the answer, if there is one yet."""
+    def begin(self, message: bytes, measured: str = "") -> Plan | bytes:
+        """Agree to a plan, turn to the rows of the day and pay; the answer, if there is one yet.
+
+        Args:
+            message: the plan.
+            measured: what the proxy rows were just measured to be, where sites share them.
+        """
         plan = Plan.from_bytes(message, self.limit)
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
-        self.agree(plan)
+        self.agree(plan, measured)
         if (released := self._released(plan)) is not None:
             return released
         self.arrive(plan)
@@ -205,9 +210,9 @@ class Site(Kept):
             self.account.settle(self.run, self.round, self.upload)
         return self.upload
 
-    def agree(self, plan: Plan) -> None:
+    def agree(self, plan: Plan, measured: str = "") -> None:
         """Refuse to work on other proxy rows, other classes or an old round."""
-        if self.proxy.measure() != self.proxy.fingerprint:
+        if (measured or self.proxy.measure()) != self.proxy.fingerprint:
             raise RunError("the proxy rows changed during the run: restore the file and --resume")
         if plan.proxy != self.proxy.fingerprint:
             raise Rejected("proxy_version", "the server uses other proxy rows: fetch them again")

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ from fedistill.report import write_report
 from fedistill.runs import EVENTS, Show, Summary, default_folder, guard, silent
 from fedistill.sites import average, cross_figures, site_table
 
+TUNING = "tuning.json"
+"""What the backend `vectorized` chose for its blocks, in the run folder."""
 OPENLY = "without-privacy"
 """The folder of the same run without differential privacy."""
 Engine = Callable[[Path], Callable[[Mapping[str, Site]], Backend]]
@@ -55,10 +58,19 @@ def serial(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
     return Serial
 
 
-def vectorized(folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
-    """Clients with students of one kind side by side, in this process."""
-    del folder
-    return Vectorized
+@dataclasses.dataclass(frozen=True)
+class SideBySide:
+    """Clients with students of one kind side by side, in this process.
+
+    Attributes:
+        tune: have it measured how many at once; what was chosen is kept in the run folder.
+    """
+
+    tune: bool = False
+
+    def __call__(self, folder: Path) -> Callable[[Mapping[str, Site]], Backend]:
+        """What runs the clients of a federation."""
+        return partial(Vectorized, record=folder / TUNING, tune=self.tune)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +94,14 @@ def engine_of(settings: Settings) -> Engine:
     chosen = settings.backend
     if chosen.name == "processes":
         return InProcesses(chosen.workers)
-    return vectorized if chosen.name == "vectorized" else serial
+    return SideBySide(chosen.tune) if chosen.name == "vectorized" else serial
 
 
 def lossy(settings: Settings, chosen: Method, engine: Engine) -> Engine:
     """The engine, with the losses that the settings simulate; who shares nothing loses nothing."""
     clients = settings.clients
     shares = chosen.exchange not in {"nothing", "rows"}
-    here = engine in {serial, vectorized} or isinstance(engine, InProcesses)
+    here = engine is serial or isinstance(engine, InProcesses | SideBySide)
     if not here or not shares or not (clients.dropout or clients.stragglers):
         return engine
     return lambda folder: unreliable(

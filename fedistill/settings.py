@@ -471,6 +471,9 @@ class BackendSettings:
     workers: int = setting(
         0, 'worker processes of the backend "processes"; 0: as many as there are cores', low=0
     )
+    tune: bool = setting(
+        False, 'the backend "vectorized" measures once how many clients it trains side by side'
+    )
     max_message_mb: float = setting(64.0, "largest message accepted, in MiB", above=0)
 
 

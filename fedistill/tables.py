@@ -37,9 +37,9 @@ class TableSite(Site):
         """What is exchanged."""
         return EXCHANGES[self.method.exchange]
 
-    def agree(self, plan: Plan) -> None:
+    def agree(self, plan: Plan, measured: str = "") -> None:
         """Refuse, beside what every site refuses, a table of another shape than can be."""
-        super().agree(plan)
+        super().agree(plan, measured)
         if plan.ask.count > self.exchange.public:
             raise Rejected("shape", f"a table is about {self.exchange.public} public rows at most")
         if plan.table is None:

@@ -47,12 +47,13 @@ def matmul_precision(mode: str) -> Iterator[None]:
 @functools.cache
 def best_mode() -> str:
     """``medium`` where that is known to be fast and shown to be exact, else ``highest``."""
-    family = re.search(r"AuthenticAMD\s+cpu family\s*:\s*(\d+)", _processor())
+    family = re.search(r"AuthenticAMD\s+cpu family\s*:\s*(\d+)", processor())
     if family is None or int(family[1]) < WIDE:
         return "highest"
     return "medium" if error_of("medium") < LARGEST_ERROR else "highest"
 
 
+@functools.cache
 def error_of(mode: str) -> float:
     """Largest error of a product in this mode, relative to its largest value."""
     random = generator("precision")
@@ -66,7 +67,7 @@ def error_of(mode: str) -> float:
     return float(worst / exact.abs().max())
 
 
-def _processor() -> str:
+def processor() -> str:
     """What the system says of its processor; empty where it does not say."""
     path = Path("/proc/cpuinfo")
     return path.read_text(errors="replace")[:4000] if path.exists() else ""

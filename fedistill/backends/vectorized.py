@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedistill.backends import Reply, mapped
 from fedistill.backends.precision import best_mode, matmul_precision
-from fedistill.backends.together import Bench, benches, kind_of, unfit
+from fedistill.backends.together import Bench, benches, kind_of, shape_of, unfit
+from fedistill.backends.tuning import Choices
 from fedistill.client import Site
 from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.errors import Rejected
@@ -32,11 +35,14 @@ class Vectorized:
     """Asks the sites in the order of the plan, a hundred at a time, and trains them side by side.
 
     A site that cannot be trained so (another model than Linear or MLP of
-    :mod:`fedistill.models`, another optimizer than sgd, private or bad clients, streams, tables) is
-    asked alone, as the serial backend asks it.
+    :mod:`fedistill.models`, private or bad clients, streams, tables) is asked alone, as the serial
+    backend asks it.
 
     Args:
-        sites: by name.
+        sites: all of them.
+        record: a file that keeps how many were trained side by side, for a run that goes on; None:
+            nothing is kept.
+        tune: have that measured, and not chosen by facts.
         mapped: whether students without kernels are mapped by ``torch.func``; None: where they
             compute on a GPU.
 
@@ -44,8 +50,15 @@ class Vectorized:
         notes: who is asked alone, and why.
     """
 
-    def __init__(self, sites: Mapping[str, Site], mapped: bool | None = None) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        record: Path | None = None,
+        tune: bool = False,
+        mapped: bool | None = None,
+    ) -> None:
         self.sites, self.wanted = sites, mapped
+        self.choices = Choices(record, tune)
         self.notes = list(remarks(sites, mapped))
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
@@ -55,13 +68,17 @@ class Vectorized:
             asked = {name: self.sites[name] for name in names}
             works = {n: Work(site) for n, site in asked.items() if not alone(site, self.wanted)}
             heard: dict[str, Reply | Failure] = {}
+            resident = Resident()
+            proxies = {id(work.site.proxy): work.site.proxy for work in works.values()}
+            measured = {key: proxy.measure() for key, proxy in proxies.items()}
             for name, work in works.items():
                 try:
-                    work.begin(plan.message(name))
+                    work.begin(plan.message(name), measured[id(work.site.proxy)], resident)
                 except Rejected as refusal:
                     heard[name] = Failure(name, plan.round, refusal.reason)
-            with matmul_precision(best_mode()), torch.no_grad():
-                together([work for work in works.values() if work.plan is not None])
+            at_work = [work for work in works.values() if work.plan is not None]
+            with torch.no_grad():
+                together(at_work, self.choices, resident)
             for name in names:
                 yield heard[name] if name in heard else self._end(plan, name, works.get(name))
 
@@ -97,18 +114,23 @@ class Work:
         assert isinstance(self.site.learner, TorchStudent)
         return self.site.learner
 
-    def begin(self, message: bytes) -> None:
+    def begin(self, message: bytes, measured: str, resident: Resident) -> None:
         """All of the step before training: its lessons are noted and not learned yet.
+
+        Args:
+            message: the plan.
+            measured: what the site's proxy rows were just measured to be.
+            resident: public rows on their device.
 
         Raises:
             Rejected: as :meth:`fedistill.client.Site.answer`.
         """
-        begun = self.site.begin(message)
+        begun = self.site.begin(message, measured)
         if isinstance(begun, bytes):
             self.answer = begun
             return
         student = self.student
-        pupil = Pupil(student)
+        pupil = Pupil(student, resident)
         self.site.learner = pupil
         try:
             self.site.absorb(begun)
@@ -122,11 +144,28 @@ class Work:
         return self.answer if self.plan is None else self.site.finish(self.plan, self.said)
 
 
+class Resident:
+    """Public rows that were sent to a device, once for all clients that see the same."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], tuple[FloatArray, Tensor]] = {}
+
+    def rows(self, inputs: FloatArray, device: torch.device) -> Tensor:
+        """These rows there; on the CPU they are not copied."""
+        place = inputs.__array_interface__["data"][0]
+        key = place, inputs.shape, inputs.strides, device
+        if key not in self._held:  # beside the array, which keeps its place while this lives
+            sent = torch.as_tensor(np.asarray(inputs, dtype=np.float32)).to(device)
+            self._held[key] = inputs, sent
+        return self._held[key][1]
+
+
 class Pupil:
     """Stands for a student that is trained later: notes what it would train on."""
 
-    def __init__(self, student: TorchStudent) -> None:
+    def __init__(self, student: TorchStudent, resident: Resident) -> None:
         self.student = student
+        self.resident = resident
         self.lessons: list[Lesson] = []
         self.predict = student.predict
         self.state_dict = student.state_dict
@@ -141,7 +180,8 @@ class Pupil:
         weights: FloatArray | None = None,
     ) -> None:
         """Note a phase on soft targets, or keep them."""
-        self._note(self.student.hear(inputs, soft_targets, seed=seed, weights=weights))
+        rows = self.resident.rows(inputs, self.student.device)
+        self._note(self.student.hear(rows, soft_targets, seed=seed, weights=weights))
 
     def fit(self, rows: Rows, *, seed: int) -> None:
         """Note the training on own rows."""
@@ -152,7 +192,7 @@ class Pupil:
             self.lessons.append(lesson)
 
 
-def together(works: Sequence[Work]) -> None:
+def together(works: Sequence[Work], choices: Choices, resident: Resident) -> None:
     """Train and ask the students of sites at work, those of one kind side by side."""
     kinds: dict[Any, list[Work]] = {}
     for work in works:
@@ -162,25 +202,29 @@ def together(works: Sequence[Work]) -> None:
             kinds.setdefault(kind_of(work.student, work.lessons), []).append(work)
     for alike in kinds.values():
         if unfit(alike[0].student):
-            side_by_side(alike)
+            side_by_side(alike, resident)
             continue
         plan = alike[0].plan
         assert plan is not None
-        asked = torch.from_numpy(alike[0].site.proxy.take(plan.rows())).flatten(1)
         students, lessons = [work.student for work in alike], [work.lessons for work in alike]
-        for places in benches(students, lessons):
-            bench = Bench([students[at] for at in places], [lessons[at] for at in places])
-            bench.teach()
-            for at, said in zip(places, bench.ask(asked), strict=True):
-                alike[at].said = said
+        rows = alike[0].site.proxy.take(plan.rows())
+        asked = resident.rows(rows, students[0].device).flatten(1)
+        choice = choices.of(plan.run, shape_of(students[0]))
+        with matmul_precision(choice.mode):
+            for places in benches(lessons, choice.block):
+                taught = [students[at] for at in places]
+                bench = Bench(taught, [lessons[at] for at in places], choice.rows)
+                bench.teach()
+                for at, said in zip(places, bench.ask(asked), strict=True):
+                    alike[at].said = said
 
 
-def side_by_side(works: Sequence[Work]) -> None:
+def side_by_side(works: Sequence[Work], resident: Resident) -> None:
     """The same for students of one kind that have no kernels."""
     plan = works[0].plan
     assert plan is not None
-    asked = torch.from_numpy(works[0].site.proxy.take(plan.rows()))
     students, lessons = [work.student for work in works], [work.lessons for work in works]
+    asked = resident.rows(works[0].site.proxy.take(plan.rows()), students[0].device)
     for places in mapped.blocks(lessons):
         bench = mapped.MappedBench([students[at] for at in places], [lessons[at] for at in places])
         bench.teach()

@@ -6,7 +6,7 @@ memory runs out) without changing the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -77,6 +77,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Rows of one kind in the batches of a call, by their numbers: nothing is fetched yet.
+
+    Attributes:
+        inputs: ``[n, ...]`` rows to choose from.
+        targets: ``[n, classes]`` of these, at temperature 1.
+        index: for each step, which of them.
+        weight: what the weights of these rows in a batch add up to.
+        familiar: the same of what they count for familiarity.
+        own: whether they are own rows; others are softened.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    index: Sequence[IntArray] | IntArray
+    weight: float
+    familiar: float
+    own: bool
+
+
+@dataclass(frozen=True)
 class Batches:
     """The batches of a call, each made when its step comes: never all of them in memory.
 
@@ -84,11 +105,13 @@ class Batches:
         count: number of steps.
         smallest: rows of the smallest batch; 0 without steps.
         make: from a step to its batch, the same whenever it is asked.
+        parts: what each batch is made of, one after another; None where rows are mixed.
     """
 
     count: int
     smallest: int
     make: Callable[[int], Batch]
+    parts: tuple[Part, ...] | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -137,7 +160,17 @@ def local_batches(
         return _assemble(index, inputs, targets, taught, seen, recipe, strength, random)
 
     joined = size if soft is not None or contrast is not None else 0
-    return Batches(steps, min(map(len, own), default=0) + joined, make)
+    scored = float(background is not None)
+    parts = [Part(inputs, targets, own, 1.0, scored, True)]
+    if soft is not None and memory is not None:
+        weight = strength * recipe.temperature**2
+        parts.append(Part(memory.inputs, memory.targets, soft, weight, -scored, False))
+    elif contrast is not None and background is not None:
+        unknown = targets.new_zeros(1, targets.shape[1]).expand(len(background), -1)
+        parts.append(Part(background, unknown, contrast, 0.0, -1.0, False))
+    mixed = soft is not None and recipe.mixup > 0
+    smallest = min(map(len, own), default=0) + joined
+    return Batches(steps, smallest, make, None if mixed else tuple(parts))
 
 
 def _at_least(
@@ -242,7 +275,9 @@ def soft_batches(memory: Memory, recipe: Recipe, seed: int) -> Batches:
             temperature,
         )
 
-    return Batches(len(chosen), min(map(len, chosen), default=0), make)
+    part = Part(memory.inputs, memory.targets, chosen, recipe.temperature**2, 0.0, False)
+    smallest = min(map(len, chosen), default=0)
+    return Batches(len(chosen), smallest, make, None if recipe.mixup else (part,))
 
 
 def mix(

@@ -158,7 +158,7 @@ class TorchStudent:
 
     def hear(
         self,
-        inputs: FloatArray,
+        inputs: FloatArray | Tensor,
         soft_targets: Probs,
         *,
         seed: int,
@@ -449,6 +449,8 @@ class TorchStudent:
         return self._tensor(np.log(shares))
 
     def _tensor(self, array: Any) -> Tensor:
+        if isinstance(array, Tensor):  # on the device already, for all who share it
+            return array.to(self.device)
         tensor: Tensor = torch.as_tensor(np.asarray(array, dtype=np.float32))
         return tensor.to(self.device)
 

@@ -28,10 +28,17 @@ def layers_of(module):
 
 def stacked(modules):
     columns = list(zip(*map(layers_of, modules), strict=True))
-    return Stack(
-        tuple(torch.stack([layer.weight.detach() for layer in column]) for column in columns),
-        tuple(torch.stack([layer.bias.detach() for layer in column]) for column in columns),
-    )
+    sizes = [columns[0][0].in_features, *[column[0].out_features for column in columns]]
+    stack = Stack.blank(sizes, len(modules), columns[0][0].weight.detach())
+    for held, bias, column in zip(stack.as_modules(), stack.biases, columns, strict=True):
+        held.copy_(torch.stack([layer.weight.detach() for layer in column]))
+        bias.copy_(torch.stack([layer.bias.detach() for layer in column]))
+    return stack
+
+
+def tensors_of(stack):
+    """As modules have them."""
+    return (*stack.as_modules(), *stack.biases)
 
 
 def students(build, count=3):
@@ -60,15 +67,15 @@ def test_gradient_is_that_of_autograd(build, shared, count):
     targets = drawn(count, ROWS, CLASSES, seed=1).softmax(-1)
     weight = drawn(count, ROWS, seed=2).abs()
     logits, given = kernels.forward(stack, rows)
-    delta = kernels.soft_delta(logits, targets, weight, 2.0)
+    delta = kernels.soft_delta(logits, targets.mT, weight, 2.0)
     found = stack.zeros()
     kernels.accumulate(found, given, kernels.backward(stack, given, delta), 0.0)
     for k, module in enumerate(modules):
         own = rows if shared else rows[k]
-        torch.testing.assert_close(logits[k], module(own))
+        torch.testing.assert_close(logits[k].T, module(own))
         loss = soft_cross_entropy(module(own), targets[k], weight[k], 2.0)
         wanted = gradients(module, loss)
-        for tensor, grad in zip(found.tensors(), wanted, strict=True):
+        for tensor, grad in zip(tensors_of(found), wanted, strict=True):
             torch.testing.assert_close(tensor[k], grad)
 
 
@@ -78,9 +85,8 @@ def test_targets_that_do_not_sum_to_one_have_the_gradient_of_the_loss_as_it_is()
     weight, heat = drawn(1, ROWS, seed=2).abs(), torch.tensor([[1.0, 1.0, 2.0, 3.0, 2.0, 1.0]])
     scaled = (logits / heat[..., None]).log_softmax(-1)
     (wanted,) = torch.autograd.grad(-(weight * (targets * scaled).sum(-1)).sum(), logits)
-    torch.testing.assert_close(
-        kernels.soft_delta(logits.detach(), targets, weight, heat), wanted, check_dtype=False
-    )
+    found = kernels.soft_delta(logits.detach().mT, targets.mT, weight, heat).mT
+    torch.testing.assert_close(found, wanted, check_dtype=False)
 
 
 def test_losses_beside_cross_entropy_have_their_gradient_and_rows_without_weight_none():
@@ -90,10 +96,10 @@ def test_losses_beside_cross_entropy_have_their_gradient_and_rows_without_weight
     (wanted,) = torch.autograd.grad(logit_mae(logits, targets) * weight.sum(), logits)
     pad = torch.ones(1, 2, CLASSES, dtype=torch.float64)
     found = kernels.mae_delta(
-        torch.cat([logits.detach()[None], pad], 1),
-        torch.cat([targets[None], pad], 1),
+        torch.cat([logits.detach()[None], pad], 1).mT,
+        torch.cat([targets[None], pad], 1).mT,
         torch.cat([weight[None], torch.zeros(1, 2, dtype=torch.float64)], 1),
-    )
+    ).mT
     torch.testing.assert_close(found[0, :ROWS], wanted)
     assert not found[0, ROWS:].any()
 
@@ -125,7 +131,7 @@ def test_three_steps_are_those_of_torch_sgd(build, clipped):
         targets = drawn(3, ROWS, CLASSES, seed=9 + turn).softmax(-1)
         weight = torch.full((3, ROWS), 1 / ROWS, dtype=torch.float64)
         logits, given = kernels.forward(stack, rows)
-        deltas = kernels.backward(stack, given, kernels.soft_delta(logits, targets, weight))
+        deltas = kernels.backward(stack, given, kernels.soft_delta(logits, targets.mT, weight))
         kernels.accumulate(gradient, given, deltas, 0.0)
         if clipped:
             kernels.clip(gradient, clipped)
@@ -141,6 +147,75 @@ def test_three_steps_are_those_of_torch_sgd(build, clipped):
     wanted = stacked(modules)
     for found, other in zip(stack.tensors(), wanted.tensors(), strict=True):
         torch.testing.assert_close(found, other)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_clipping_before_the_gradient_is_there_is_clipping(build, shared):
+    stack = stacked(students(build))
+    rows = drawn(ROWS, INPUTS) if shared else drawn(3, ROWS, INPUTS)
+    logits, given = kernels.forward(stack, rows)
+    # The first is shorter than the limit and stays as it is.
+    delta = logits * torch.tensor([1e-3, 1.0, 5.0], dtype=torch.float64)[:, None, None]
+    deltas = kernels.backward(stack, given, delta)
+    wanted, found = stack.zeros(), stack.zeros()
+    kernels.accumulate(wanted, given, deltas, 0.0)
+    before = wanted.weights[0].clone()
+    kernels.clip(wanted, 2.0)
+    kernels.clip_deltas(given, deltas, 2.0)
+    kernels.accumulate(found, given, deltas, 0.0)
+    assert torch.equal(wanted.weights[0][0], before[0])
+    assert not torch.equal(wanted.weights[0][2], before[2])
+    for tensor, other in zip(found.tensors(), wanted.tensors(), strict=True):
+        torch.testing.assert_close(tensor, other)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("begun", "rates"), [((0, 0, 0), (0.1,) * 3), ((0, 2, 1), (0.1, 0.2, 0.1))]
+)
+def test_adam_is_that_of_torch_for_clients_at_different_steps_too(kind, begun, rates):
+    modules = students(BUILDS["mlp"])
+    optimizers = [
+        kind(
+            [
+                {"params": [w for w in m.parameters() if w.dim() > 1], "weight_decay": 0.05},
+                {"params": [w for w in m.parameters() if w.dim() == 1], "weight_decay": 0.0},
+            ],
+            lr=rate,
+        )
+        for m, rate in zip(modules, rates, strict=True)
+    ]
+
+    def walk(module, optimizer, turn):
+        module.zero_grad()
+        module(drawn(ROWS, INPUTS, seed=turn)).square().mean().backward()
+        optimizer.step()
+
+    for module, optimizer, count in zip(modules, optimizers, begun, strict=True):
+        for turn in range(count):
+            walk(module, optimizer, turn)
+    stack, moments = stacked(modules), [stacked(modules).zeros(), stacked(modules).zeros()]
+    for moment, key in zip(moments, ["exp_avg", "exp_avg_sq"], strict=True):
+        for k, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+            held = [optimizer.state[w].get(key) for w in module.parameters()]
+            if held[0] is not None:
+                for tensor, value in zip(moment.as_modules(), held[::2], strict=True):
+                    tensor[k].copy_(value)
+                for tensor, value in zip(moment.biases, held[1::2], strict=True):
+                    tensor[k].copy_(value)
+    for turn in range(2):
+        outputs, given = kernels.forward(stack, drawn(ROWS, INPUTS, seed=9 + turn))
+        deltas = kernels.backward(stack, given, 2 * outputs / outputs[0].numel())
+        gradient = stack.zeros()
+        kernels.accumulate(gradient, given, deltas, 0.0)
+        taken = [float(count + turn) for count in begun]
+        decoupled = kind is torch.optim.AdamW
+        kernels.adam(stack, gradient, moments, taken, rates, 0.05, decoupled)
+        for module, optimizer in zip(modules, optimizers, strict=True):
+            walk(module, optimizer, 9 + turn)
+    for found, wanted in zip(stack.tensors(), stacked(modules).tensors(), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_momentum_folded_into_the_product_is_momentum():
@@ -174,9 +249,10 @@ def test_the_first_clients_step_alone_and_the_average_follows_each_at_its_pace()
 def test_prediction_in_chunks_is_that_of_each_module():
     modules = students(BUILDS["deep"])
     rows = drawn(11, INPUTS)
-    found = kernels.predict(stacked(modules), rows, 4)
-    for k, module in enumerate(modules):
-        torch.testing.assert_close(found[k], module(rows).detach())
+    for part, found in kernels.predict(stacked(modules), rows, 4):
+        for k, module in enumerate(modules):
+            torch.testing.assert_close(found[k].T, module(rows[part]).detach())
+    assert part == slice(8, 12)
 
 
 def test_the_mode_of_products_is_put_back_and_only_an_exact_one_is_chosen():
@@ -203,6 +279,6 @@ def test_a_mode_that_gains_nothing_or_has_the_error_of_bfloat16_is_not_chosen(
     monkeypatch, vendor, family, error, mode
 ):
     said = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
-    monkeypatch.setattr(precision, "_processor", lambda: said)
+    monkeypatch.setattr(precision, "processor", lambda: said)
     monkeypatch.setattr(precision, "error_of", lambda mode: error)
     assert precision.best_mode.__wrapped__() == mode
