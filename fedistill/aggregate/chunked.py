@@ -27,8 +27,8 @@ RuleT = TypeVar("RuleT", bound=Callable[..., Any])
 PART = 1 << 20
 """Values that a row-wise rule is given at a time: 8 MB, so that what it makes of them stays in a
 cache; 1,048 rows of 100 clients and 10 classes."""
-WHOLE = 1 << 23
-"""Values of which all are held at once, and so made once only: 64 MB."""
+WHOLE = 1 << 24
+"""Values of which all are held at once, and so made once only: 128 MB."""
 WINDOW = 1 << 22
 """Values held at a time where there are more."""
 HUGE = 1 << 27

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedistill.aggregate import chunked, robust, rules
 from fedistill.aggregate.chunked import Chunked, chunkwise, parts, reads, rowwise
 from fedistill.errors import FedistillError
+from fedistill.testing import CheckFailed, check_rule
 
 CLIENTS, CLASSES = 5, 4
 WEIGHTS = ("alike", "by client", "by row")
@@ -242,3 +243,21 @@ def test_a_row_wise_rule_with_other_choices_from_part_to_part_is_told_so(monkeyp
     logits, weights, _ = case(40)
     with pytest.raises(FedistillError, match="one shape for every row"):
         rules.combine(fickle, logits, weights)
+
+
+def test_check_rule_holds_a_rule_to_what_it_declares():
+    def standing(logits, weights):
+        """Clients count by how sure they are over all rows."""
+        sure = rules.softmax(logits).max(axis=2).mean(axis=1)
+        return rules.mean(logits, (sure * np.asarray(weights).T).T)
+
+    check_rule(standing)
+    with pytest.raises(CheckFailed, match="declared row-wise, some rows alone"):
+        check_rule(rowwise(standing))
+
+    @chunkwise
+    def forgetful(logits, weights):
+        return rules.mean(np.asarray(logits, dtype=float), weights)
+
+    with pytest.raises((TypeError, CheckFailed)):
+        check_rule(forgetful)
