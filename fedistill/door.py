@@ -1,6 +1,8 @@
 """The door: each upload is judged alone, so that a bad one costs nobody but its sender a round.
 
-Every check refuses with a short fixed reason code; what is let in is an :class:`Answer`.
+Every check refuses with a short fixed reason code; what is let in is an :class:`Answer`. All of
+its predictions are decoded and judged here, and none are kept: an answer is read again when it is
+combined, some rows at a time.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedistill.aggregate.chunked import parts
 from fedistill.errors import Rejected
 from fedistill.types import FloatArray, IntArray, Probs
+from fedistill.wire.delta import restore
+from fedistill.wire.folded import Folded
 from fedistill.wire.grid import Codes
 from fedistill.wire.messages import Plan, Upload
 
@@ -23,28 +28,44 @@ LARGEST_SIZE = 1 << 40
 
 @dataclass(frozen=True)
 class Answer:
-    """An upload that passed the door: its predictions, decoded.
+    """An upload that passed the door.
 
     Attributes:
-        upload: as it came.
+        upload: as it came, without what is read from it here.
         rows: ``[answered]`` proxy row numbers.
-        probs: ``[answered, classes]``; of another exchange, its table.
+        said: codes of the predictions, ``[answered, columns]``; of another exchange, its table.
         familiarity: ``[answered]``, where it is shared.
-        codes: ``[answered, columns]`` as they travelled.
         age: rounds that it came late.
     """
 
     upload: Upload
     rows: IntArray
-    probs: Probs
+    said: Folded | FloatArray
     familiarity: FloatArray | None = None
-    codes: Codes | None = None
     age: int = 0
 
-    def on(self, asked: IntArray) -> tuple[IntArray, IntArray]:
-        """Where rows that it answers stand among those asked, and where among its own."""
+    @property
+    def codes(self) -> Codes | None:
+        """The codes as they travelled, ``[answered, columns]``; a table has none."""
+        return self.said[:] if isinstance(self.said, Folded) else None
+
+    @property
+    def probs(self) -> Probs:
+        """All of it decoded, ``[answered, classes]``."""
+        return self.read(slice(None))
+
+    def read(self, places: slice | IntArray) -> Probs:
+        """Predictions of some of its rows, decoded; of a table, some items."""
+        if not isinstance(self.said, Folded):
+            return self.said[places]
+        return restore(self.upload.codec, self.said[places], self.upload.shape[1])
+
+    def places(self, asked: IntArray) -> IntArray:
+        """For each row asked its place among the answered ones, or -1."""
+        found = np.full(len(asked), -1)
         _, there, here = np.intersect1d(asked, self.rows, assume_unique=True, return_indices=True)
-        return there, here
+        found[there] = here
+        return found
 
 
 def check_sender(
@@ -100,6 +121,12 @@ def check_claims(upload: Upload, classes: int) -> None:
         raise Rejected("seen", "expected a bit mask in hexadecimal")
     if int(upload.seen, 16) >= 1 << classes:
         raise Rejected("seen", "the mask names classes that do not exist")
+
+
+def check_codes(codec: str, codes: Codes, classes: int) -> None:
+    """What codes stand for, some rows at a time: see :func:`check_probs`."""
+    for rows in parts(len(codes), classes):
+        check_probs(restore(codec, codes[rows], classes))
 
 
 def check_probs(probs: Probs) -> None:

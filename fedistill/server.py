@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from fedistill.cache import Heard, TargetCache, own_fields
 from fedistill.distill.learner import Learner
 from fedistill.distill.torch_student import TorchStudent
 from fedistill.door import Answer as Answer
-from fedistill.door import check_claims, check_probs, check_sender, check_shape, check_terms
+from fedistill.door import check_claims, check_codes, check_sender, check_shape, check_terms
 from fedistill.errors import (
     BudgetExceeded,
     BudgetExhausted,
@@ -51,6 +51,7 @@ from fedistill.types import (
 from fedistill.wire import codec as codecs
 from fedistill.wire.delta import delta_encode, quantise, restore
 from fedistill.wire.envelope import Mask, count_bits, pack_mask
+from fedistill.wire.folded import Folded
 from fedistill.wire.messages import Plan, RowSpec, Targets, Upload
 
 TARGET_PARTS = ("targets.missing", "targets.held", "targets.based", "targets.payload")
@@ -263,7 +264,7 @@ class Server:
         )
         answer = self._open(upload, self._asked(upload, plan, late), late)
         check_claims(upload, len(self.classes))
-        if late and not len(answer.on(plan.rows())[0]):
+        if late and (answer.places(plan.rows()) < 0).all():
             raise Rejected("stale_round", "none of its rows is asked in this round")
         self._note(answer)
         seen.add(known)
@@ -303,9 +304,9 @@ class Server:
             if self.heard is not None and refusal.reason == "reference" and not late:
                 self.heard.forget(upload.client)
             raise
-        probs = restore(upload.codec, codes, len(self.classes))
-        check_probs(probs)
-        return Answer(upload, rows, probs, upload.read_familiarity(), codes, late)
+        check_codes(upload.codec, codes, len(self.classes))
+        read = replace(upload, payload=b"", ratios=b"")
+        return Answer(read, rows, Folded(codes), upload.read_familiarity(), late)
 
     # --- combine -------------------------------------------------------------------------------
 
@@ -462,8 +463,8 @@ class Server:
             self.cache.settle(plan.clients, answered)
         for name, answer in self._let_in.items():
             self.receipts |= {name: answer.upload.ledger} if answer.upload.ledger else {}
-            if self.heard is not None and answer.codes is not None and len(answer.rows):
-                self.heard.note(name, answer.rows, answer.codes, plan.round)
+            if self.heard is not None and (codes := answer.codes) is not None and len(codes):
+                self.heard.note(name, answer.rows, codes, plan.round)
         self._let_in.clear()
 
     def forget(self, client: str) -> None:

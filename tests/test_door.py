@@ -12,12 +12,14 @@ from builders import MEAN, plain, probabilities, server, upload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedistill.aggregate import chunked
 from fedistill.door import Answer
 from fedistill.errors import QuorumError, Rejected
 from fedistill.late import MOST_LATE
 from fedistill.server import Server
-from fedistill.wire.delta import delta_encode, quantise
+from fedistill.wire.delta import delta_encode, quantise, restore
 from fedistill.wire.envelope import pack_mask
+from fedistill.wire.folded import Folded
 from fedistill.wire.messages import Plan, Upload
 
 ROWS = 6
@@ -122,6 +124,44 @@ def test_a_round_in_which_every_row_is_declined_leaves_the_targets_as_they_were(
     told = Plan.from_bytes(door.plan(3).to_bytes()).targets
     assert told is not None
     assert len(told.rows()) == 0
+
+
+# --- what is kept of an answer -------------------------------------------------------------------
+
+
+def test_an_answer_keeps_codes_and_neither_floats_nor_the_payload() -> None:
+    door = server(rows=ROWS, method=dataclasses.replace(MEAN, codec="u8"))
+    plan, probs = door.plan(1), probabilities(ROWS, 1)
+    data = upload(plan, "c0", probs, codec="u8", payload=plain(probs, "u8")).to_bytes()
+    answer = door.check(data, plan, "c0", set())
+    assert isinstance(answer.said, Folded)
+    assert answer.said.nbytes == ROWS * 3
+    assert answer.upload.payload == answer.upload.ratios == b""
+    codes = quantise("u8", probs)
+    np.testing.assert_array_equal(answer.codes, codes)
+    np.testing.assert_array_equal(answer.probs, restore("u8", codes, 3))
+    np.testing.assert_array_equal(answer.read(np.array([4, 1])), answer.probs[[4, 1]])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.5, 0.5])
+@pytest.mark.parametrize("row", [0, 3, 5])
+def test_a_bad_row_is_found_in_whichever_part_it_is(
+    value: float, row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "PART", 6)
+    door = server(rows=ROWS)
+    plan, probs = door.plan(1), probabilities(ROWS, 1)
+    probs[row, 1] += value
+    data = upload(plan, "c0", probs).to_bytes()
+    reason = "not_probs" if np.isfinite(value) else "nonfinite"
+    assert refused(lambda: door.check(data, plan, "c0", set())) == reason
+
+
+def test_places_are_those_of_the_rows_asked_or_minus_one() -> None:
+    said = Folded(quantise("float32", probabilities(3, 1)))
+    plan = server(rows=ROWS).plan(1)
+    answer = Answer(upload(plan, "c0", probabilities(3, 1)), np.array([5, 0, 2]), said)
+    assert answer.places(np.array([2, 3, 5, 1])).tolist() == [2, -1, 0, -1]
 
 
 # --- late ----------------------------------------------------------------------------------------

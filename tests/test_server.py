@@ -23,6 +23,8 @@ from builders import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedistill.aggregate import chunked
+from fedistill.aggregate.rules import RULES
 from fedistill.backends import Reply
 from fedistill.errors import QuorumError, Rejected
 from fedistill.presets import method
@@ -297,3 +299,40 @@ def test_an_upload_that_is_refused_declares_nothing() -> None:
 def test_sites_of_unknown_size_count_for_the_quorum() -> None:
     assert of_unknown_size().quorum == 3
     assert of_unknown_size(quorum=2).quorum == 2
+
+
+# --- memory and order ----------------------------------------------------------------------------
+
+
+def told(door: Server, order: list[int], seed: int) -> tuple[str, Any]:
+    """Digest and figures of a round in which some answer some rows, in an order of arrival."""
+    plan, seen, answers = door.plan(1), set[str](), []
+    informed = door.method.tells_familiarity()
+    for number in order:
+        random = np.random.default_rng([seed, number])
+        answered = random.random(plan.count()) < 0.8
+        facts: dict[str, Any] = {"declined": pack_mask(~answered), "familiarity": informed}
+        if informed:
+            ratios = random.normal(size=plan.count())[answered]
+            facts["ratios"] = codec.pack(codec.encode_familiarity(ratios))
+        said = probabilities(plan.count(), 100 * seed + number)[answered]
+        data = upload(plan, f"c{number}", said, **facts).to_bytes()
+        answers.append(door.check(data, plan, f"c{number}", seen))
+    combined = door.combine(plan, answers)
+    return door.digest(), (combined, door.targets)
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if name != "clusters"])
+@settings(deadline=None, max_examples=4)
+@given(order=st.permutations(range(5)), seed=st.integers(0, 9), cells=st.integers(1, 120))
+def test_neither_order_of_arrival_nor_memory_changes_a_byte(
+    rule: str, order: list[int], seed: int, cells: int
+) -> None:
+    chosen = dataclasses.replace(
+        method("ds-fl", rule=rule, codec="float32"), accept=0.25, familiarity="kulsif", memory=1.0
+    )
+    usual = told(server(rows=20, method=chosen), list(range(5)), seed)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("WHOLE", 0), ("WINDOW", cells), ("PART", cells)):
+            patch.setattr(chunked, name, value)
+        assert told(server(rows=20, method=chosen), order, seed) == usual

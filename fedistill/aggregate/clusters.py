@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from fedistill.aggregate.voices import voices
+from fedistill.aggregate.chunked import Chunked, by_parts, chunkwise
+from fedistill.aggregate.voices import say, voices
 from fedistill.errors import FedistillError
 from fedistill.types import FloatArray, IntArray, Logits, Probs
 
@@ -12,7 +15,8 @@ STEPS = 100
 """Lloyd steps at most. Each lowers the cost, so it ends long before; rounding must not loop."""
 
 
-def clusters(logits: Logits, weights: FloatArray, *, centroids: int = 2) -> Probs:
+@chunkwise
+def clusters(logits: Logits | Chunked, weights: FloatArray, *, centroids: int = 2) -> Probs:
     """COMET: for each row the centres of a k-means over the clients' probabilities.
 
     Where clients differ because their data do, one mean serves none of them: each takes the
@@ -44,11 +48,17 @@ def clusters(logits: Logits, weights: FloatArray, *, centroids: int = 2) -> Prob
     """
     if centroids < 1:
         raise FedistillError(f"centroids: expected at least 1, found {centroids}: the default is 2")
+    given = say(np.shape(logits), weights)
+    count = min(centroids, max(1, int((given > 0).sum(axis=0).max(initial=0))))
+    return by_parts(partial(_rows, count=count), logits, given)
+
+
+def _rows(logits: Logits, weights: FloatArray, *, count: int) -> Probs:
+    """``count`` centres of each row, NaN where nobody answers."""
     logs, given = voices(logits, weights)
     points = np.exp(logs).transpose(1, 0, 2)
     mass = given.T
     answered = mass.any(axis=1)
-    count = min(centroids, max(1, int((mass > 0).sum(axis=1).max(initial=0))))
     found = np.full((len(points), count, points.shape[2]), np.nan)
     if answered.any():
         ordered, mass = _sorted(points[answered], mass[answered])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedistill.aggregate.basics import pool, softmax, spread
+from fedistill.aggregate.chunked import rowwise
 from fedistill.aggregate.evidence import FAMILIARITY_LIMIT
 from fedistill.aggregate.voices import TIE, top_class, voices
 from fedistill.errors import FedistillError
@@ -24,6 +25,7 @@ def _entropy(logs: Logits) -> FloatArray:
 # --- weights by row ------------------------------------------------------------------------------
 
 
+@rowwise
 def confidence(logits: Logits, weights: FloatArray) -> Probs:
     """Mean of probabilities, each client's share of a row in proportion to its top probability.
 
@@ -35,6 +37,7 @@ def confidence(logits: Logits, weights: FloatArray) -> Probs:
     return pool(probs, spread(given * probs.max(axis=2), probs.shape[1]))
 
 
+@rowwise
 def entropy_weighted(logits: Logits, weights: FloatArray, *, scale: float = 1.0) -> Probs:
     """Mean of probabilities with weights in proportion to w_k exp(-H(p_k(x)) / scale).
 
@@ -57,6 +60,7 @@ def entropy_weighted(logits: Logits, weights: FloatArray, *, scale: float = 1.0)
     return pool(np.exp(logs), spread(given * np.exp(-excess / scale), logs.shape[1]))
 
 
+@rowwise
 def certainty(logits: Logits, weights: FloatArray, *, familiarity: FloatArray) -> Probs:
     """FedAUX: softmax(sum_k w_k s_k z_k / sum_k w_k s_k) with a certainty score s_k(x).
 
@@ -93,6 +97,7 @@ def certainty(logits: Logits, weights: FloatArray, *, familiarity: FloatArray) -
 # --- votes and choices ---------------------------------------------------------------------------
 
 
+@rowwise
 def vote(logits: Logits, weights: FloatArray) -> Probs:
     """SSFL: the class with the most (weighted) votes as a one-hot row.
 
@@ -115,6 +120,7 @@ def vote(logits: Logits, weights: FloatArray) -> Probs:
     return np.where(np.isnan(votes), np.nan, units[label])
 
 
+@rowwise
 def consensus(logits: Logits, weights: FloatArray, *, diversity: float = 0.2) -> Probs:
     """Fed-ET: one target that stands for a consensus label and the diversity of those against it.
 
@@ -161,6 +167,7 @@ def consensus(logits: Logits, weights: FloatArray, *, diversity: float = 0.2) ->
     return np.where(np.isnan(share[0])[:, None], np.nan, target)
 
 
+@rowwise
 def best_teacher(
     logits: Logits, weights: FloatArray, *, anchors: IntArray, soft: bool = False
 ) -> Probs:

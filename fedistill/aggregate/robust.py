@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedistill.aggregate.basics import spread
+from fedistill.aggregate.chunked import Chunked, chunkwise
 from fedistill.errors import FedistillError
 from fedistill.types import FloatArray, Logits, Probs
 
+Mask = npt.NDArray[np.bool_]
 CELLS = 1 << 18
 """Probabilities in a block: 2 MB, about what a cache holds; 262 rows of 100 clients, 10 classes."""
 FEWEST = 16
@@ -39,7 +41,8 @@ SLACK = 1e-12
 # --- class by class ----------------------------------------------------------------------------
 
 
-def median(logits: Logits, weights: FloatArray) -> Probs:
+@chunkwise
+def median(logits: Logits | Chunked, weights: FloatArray) -> Probs:
     """Weighted median of the probabilities of each class, then rows renormalised.
 
     The middle of all values with at most half of the weight below and at most half above: of an
@@ -55,7 +58,8 @@ def median(logits: Logits, weights: FloatArray) -> Probs:
     return _by_order(logits, weights, 0.5)
 
 
-def trimmed_mean(logits: Logits, weights: FloatArray, *, trim: float = 0.3) -> Probs:
+@chunkwise
+def trimmed_mean(logits: Logits | Chunked, weights: FloatArray, *, trim: float = 0.3) -> Probs:
     """Mean of the probabilities of each class without the highest and the lowest, renormalised.
 
     After Yin et al., arXiv 1803.01498. Deviation: they cut a whole number of clients, rounded
@@ -77,16 +81,15 @@ def trimmed_mean(logits: Logits, weights: FloatArray, *, trim: float = 0.3) -> P
     return _by_order(logits, weights, trim)
 
 
-def _by_order(logits: Logits, weights: FloatArray, trim: float) -> Probs:
+def _by_order(logits: Logits | Chunked, weights: FloatArray, trim: float) -> Probs:
     """What is left of each class's sorted probabilities when both ends are cut."""
     alike = _alike(weights)
     if alike is not None:
-        logits = logits if alike.all() else logits[alike]
-        weights = np.ones(len(logits))
+        weights = np.ones(int(alike.sum()))
         place = places(weights / len(weights), trim)
         left = np.flatnonzero(place)
     found = np.empty(logits.shape[1:])
-    for rows, probs, shares in blocks(logits, weights):
+    for rows, probs, shares in blocks(logits, weights, alike):
         held = shares
         if alike is not None:
             probs.sort(axis=-1)
@@ -103,11 +106,11 @@ def _by_order(logits: Logits, weights: FloatArray, trim: float) -> Probs:
     return found
 
 
-def _alike(weights: FloatArray) -> npt.NDArray[np.bool_] | None:
+def _alike(weights: FloatArray) -> Mask | None:
     """Which clients take part, if all that do have one weight in all rows; otherwise None."""
     table = np.asarray(weights, dtype=np.float64)
     first = table if table.ndim == 1 else table[:, 0] if table.shape[1] else table.sum(axis=1)
-    there: npt.NDArray[np.bool_] = first > 0
+    there: Mask = first > 0
     if not there.any() or (table.ndim == 2 and (table != first[:, None]).any()):
         return None
     return there if bool((first[there] == first[there][0]).all()) else None
@@ -133,7 +136,8 @@ def places(shares: FloatArray, trim: float) -> FloatArray:
 # --- geometric medians -------------------------------------------------------------------------
 
 
-def geometric_median(logits: Logits, weights: FloatArray) -> Probs:
+@chunkwise
+def geometric_median(logits: Logits | Chunked, weights: FloatArray) -> Probs:
     """The point of each row with the smallest weighted sum of distances to all predictions.
 
     Weiszfeld's steps from the mean, smoothed as in Pillutla et al., arXiv 1912.13445, who combine
@@ -174,7 +178,8 @@ def squared_gaps(probs: FloatArray, squares: FloatArray, centre: FloatArray) -> 
     return squared
 
 
-def geometric_median_client(logits: Logits, weights: FloatArray) -> Probs:
+@chunkwise
+def geometric_median_client(logits: Logits | Chunked, weights: FloatArray) -> Probs:
     """Weighted mean with one factor a client: the geometric median of all rows as one point.
 
     A client that is off on many rows loses weight on all of them. Distances are root mean squares
@@ -208,7 +213,8 @@ def geometric_median_client(logits: Logits, weights: FloatArray) -> Probs:
 # --- Krum --------------------------------------------------------------------------------------
 
 
-def krum(logits: Logits, weights: FloatArray, *, byzantine: float = 0.2) -> Probs:
+@chunkwise
+def krum(logits: Logits | Chunked, weights: FloatArray, *, byzantine: float = 0.2) -> Probs:
     """The predictions of the one client that lies closest to its nearest fellows.
 
     Blanchard et al. 2017 (NeurIPS): of K clients, f of them bad, that with the smallest sum of
@@ -245,7 +251,7 @@ def krum(logits: Logits, weights: FloatArray, *, byzantine: float = 0.2) -> Prob
     return weighted_mean(logits, chosen.astype(np.float64))
 
 
-def _mean_distances(logits: Logits, weights: FloatArray) -> FloatArray:
+def _mean_distances(logits: Logits | Chunked, weights: FloatArray) -> FloatArray:
     """Squared distances ``[clients, clients]``, means over rows where both weights are above 0."""
     clients = len(logits)
     cross, lengths, common = (np.zeros((clients, clients)) for _ in range(3))
@@ -269,25 +275,33 @@ def _mean_distances(logits: Logits, weights: FloatArray) -> FloatArray:
 # --- blocks ------------------------------------------------------------------------------------
 
 
-def blocks(logits: Logits, weights: FloatArray) -> Iterator[tuple[slice, FloatArray, FloatArray]]:
+def blocks(
+    logits: Logits | Chunked, weights: FloatArray, heard: Mask | None = None
+) -> Iterator[tuple[slice, FloatArray, FloatArray]]:
     """Rows in turn: which, their probabilities ``[classes, rows, clients]`` and their shares.
 
     Probabilities belong to the caller; shares ``[rows, clients]`` sum to 1 over the clients, or
     are NaN.
+
+    Args:
+        logits: ``[clients, rows, classes]``.
+        weights: ``[clients]`` or ``[clients, rows]``; of those who are heard.
+        heard: bool ``[clients]``, whose predictions are taken; None: of all.
     """
-    clients, rows, classes = logits.shape
+    _, rows, classes = logits.shape
     shares = np.ascontiguousarray(spread(weights, rows).T)
-    size = max(CELLS // max(clients * classes, 1), FEWEST)
+    size = max(CELLS // max(shares.shape[1] * classes, 1), FEWEST)
     for start in range(0, rows, size):
         part = slice(start, start + size)
-        probs = np.array(logits[:, part].transpose(2, 1, 0), dtype=np.float64, order="C")
+        said = logits[:, part] if heard is None or heard.all() else logits[:, part][heard]
+        probs = np.array(said.transpose(2, 1, 0), dtype=np.float64, order="C")
         probs -= probs.max(axis=0)
         np.exp(probs, out=probs)
         probs /= probs.sum(axis=0)
         yield part, probs, shares[part]
 
 
-def weighted_mean(logits: Logits, weights: FloatArray) -> Probs:
+def weighted_mean(logits: Logits | Chunked, weights: FloatArray) -> Probs:
     """The linear pool, a block of rows at a time."""
     found = np.empty(logits.shape[1:])
     for rows, probs, shares in blocks(logits, weights):

@@ -13,6 +13,9 @@ A rule that wants more asks for it by name and is given it: ``seen`` ``[clients,
 default is given if there is such a thing. A row on which every weight is zero gets NaN and is
 dropped by the server; it is never 0/0 by accident.
 
+A rule that declares how it reads (:mod:`fedistill.aggregate.chunked`) is given some rows at a time,
+so that more may be asked than memory holds.
+
 Two kinds of rules are more than that. One that remembers from round to round is a class: an object
 of it is the rule, with ``state_dict`` and ``load_state_dict`` of plain values. One that returns
 ``[rows, choices, classes]`` leaves each client the choice of its target.
@@ -23,7 +26,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,6 +37,9 @@ from fedistill.aggregate.basics import log_softmax as log_softmax
 from fedistill.aggregate.basics import pool as pool
 from fedistill.aggregate.basics import softmax as softmax
 from fedistill.aggregate.basics import spread as spread
+from fedistill.aggregate.chunked import HUGE, Chunked, by_parts, joined, of_rows, parts, reads
+from fedistill.aggregate.chunked import chunkwise as chunkwise
+from fedistill.aggregate.chunked import rowwise as rowwise
 from fedistill.aggregate.clusters import clusters
 from fedistill.aggregate.evidence import FAMILIARITY_LIMIT as FAMILIARITY_LIMIT
 from fedistill.aggregate.evidence import evidence as evidence
@@ -59,15 +66,19 @@ from fedistill.types import FloatArray, Logits, Probs
 Rule = Callable[..., Probs]
 SHARPEN = re.compile(r"(era|power):(\d+\.?\d*|\.\d+)")
 WANTS = ("seen", "familiarity", "sizes", "clients", "anchors")
+BY_ROW = ("familiarity", "anchors")
+"""Of these, what has rows for its last axis."""
 
 # --- rules -------------------------------------------------------------------------------------
 
 
+@rowwise
 def mean(logits: Logits, weights: FloatArray) -> Probs:
     """Mean of probabilities (linear pool): q = sum_k w_k p_k."""
     return pool(softmax(logits), spread(weights, logits.shape[1]))
 
 
+@rowwise
 def mean_logits(logits: Logits, weights: FloatArray) -> Probs:
     """Mean of logits (geometric pool): q = softmax(sum_k w_k z_k); FedMD, FedDF.
 
@@ -95,16 +106,19 @@ def power(probs: Probs, exponent: float = 2.0) -> Probs:
     return softmax(exponent * np.log(np.maximum(probs, 1e-30)))
 
 
+@rowwise
 def sharpened_mean(logits: Logits, weights: FloatArray, temperature: float = 0.1) -> Probs:
     """Mean of probabilities, then entropy-reduction (ERA, temperature 0.1); DS-FL."""
     return era(mean(logits, weights), temperature)
 
 
+@rowwise
 def power_mean(logits: Logits, weights: FloatArray, exponent: float = 2.0) -> Probs:
     """Mean of probabilities, then the power sharpener (exponent 2); SCARLET."""
     return power(mean(logits, weights), exponent)
 
 
+@rowwise
 def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Probs:
     """Mean over the clients that have seen a class; others neither vote for it nor against it.
 
@@ -130,8 +144,9 @@ def calibrated(logits: Logits, weights: FloatArray, *, seen: FloatArray) -> Prob
     return targets
 
 
+@chunkwise
 def distribution_weighted(
-    logits: Logits,
+    logits: Logits | Chunked,
     weights: FloatArray,
     *,
     familiarity: FloatArray,
@@ -154,9 +169,7 @@ def distribution_weighted(
         sizes: ``[clients]`` number of own rows, bucketed.
         prior_rows: rows that a client's familiarity must outweigh; 0 is the pure rule.
     """
-    rows = logits.shape[1]
-    weighed = evidence(weights, familiarity, sizes, prior_rows)
-    return pool(softmax(logits), spread(weighed, rows))
+    return by_parts(mean, logits, evidence(weights, familiarity, sizes, prior_rows))
 
 
 RULES: Mapping[str, Callable[..., Any]] = {
@@ -202,7 +215,7 @@ def _parameters(rule: Rule) -> Mapping[str, inspect.Parameter]:
 
 def combine(
     rule: Rule,
-    logits: Logits,
+    logits: Logits | Chunked,
     weights: FloatArray,
     *,
     sharpen: str = "none",
@@ -212,7 +225,8 @@ def combine(
 
     Args:
         rule: the rule.
-        logits: ``[clients, rows, classes]``.
+        logits: ``[clients, rows, classes]``; where they are read in parts, a rule that declares
+            nothing still gets them all at once.
         weights: ``[clients]`` or ``[clients, rows]``.
         sharpen: ``none``, ``era:TEMPERATURE`` or ``power:EXPONENT``.
         extras: by the names of :data:`WANTS`; handed on where the rule takes them.
@@ -223,18 +237,60 @@ def combine(
     Raises:
         FedistillError: the rule returned something that is not a probability per row and class.
     """
-    if not logits.shape[1]:
-        return np.empty(logits.shape[1:])
+    _, rows, classes = logits.shape
+    if not rows:
+        return np.empty((rows, classes))
     handed = {name: extras[name] for name in takes(rule) if extras.get(name) is not None}
-    raw = np.asarray(rule(logits, weights, **handed))
-    rows, classes = logits.shape[1:]
-    name = getattr(rule, "__name__", type(rule).__name__)
+    finish, name = sharpener(sharpen), getattr(rule, "__name__", type(rule).__name__)
+    return joined(
+        rows,
+        (
+            (part, _checked(finish(raw), raw, name))
+            for part, raw in _asked(rule, logits, weights, handed, name)
+        ),
+    )
+
+
+def _asked(
+    rule: Rule,
+    logits: Logits | Chunked,
+    weights: FloatArray,
+    handed: Mapping[str, Any],
+    name: str,
+) -> Iterator[tuple[slice, Probs]]:
+    """What a rule says, some rows at a time; a row-wise one is asked some rows at a time too."""
+    clients, rows, classes = logits.shape
+    if reads(rule) == "rows":
+        for part in parts(rows, clients * classes):
+            some = {n: v[..., part] if n in BY_ROW else v for n, v in handed.items()}
+            raw = np.asarray(rule(logits[:, part], of_rows(weights, part), **some))
+            yield part, _shaped(raw, part.stop - part.start, classes, name)
+        return
+    if isinstance(logits, Chunked) and reads(rule) == "all":
+        if clients * rows * classes > HUGE:
+            warnings.warn(
+                f"rule {name} reads all predictions at once, {clients * rows * classes >> 27} GB "
+                "and some copies: declare it rowwise or chunkwise, or ask fewer rows",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        logits = logits.whole()
+    raw = _shaped(np.asarray(rule(logits, weights, **handed)), rows, classes, name)
+    for part in parts(rows, int(np.prod(raw.shape[1:]))):
+        yield part, raw[part]
+
+
+def _shaped(raw: Probs, rows: int, classes: int, name: str) -> Probs:
     if raw.shape not in {(rows, classes), (rows, *raw.shape[1:-1], classes)} or raw.ndim > 3:
         raise FedistillError(
             f"rule {name} must return [rows, classes] = {[rows, classes]}, returned "
             f"{list(raw.shape)}: check it with fedistill.testing.check_rule"
         )
-    probs = sharpener(sharpen)(raw)
+    return raw
+
+
+def _checked(probs: Probs, raw: Probs, name: str) -> Probs:
+    """Targets after the sharpener, if they are probabilities wherever the rule gave any."""
     good = probs[~np.isnan(raw).any(axis=-1)]
     if good.size and not (good.min() >= 0 and np.abs(good.sum(axis=-1) - 1).max() <= 1e-6):
         raise FedistillError(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedistill.aggregate.chunked import Chunked
 from fedistill.aggregate.evidence import evidence
 from fedistill.aggregate.robust import blocks, places, row_centres, weighted_mean
 from fedistill.errors import FedistillError
@@ -31,6 +32,7 @@ DOUBT = 1e-3
 class _Memory:
     """What the rules of this file share: a few numbers for each client, kept between rounds."""
 
+    reads = "chunks"
     width: int
 
     def __init__(self, rate: float, forget: float, prior_rows: float) -> None:
@@ -75,7 +77,7 @@ class _Memory:
 
     def _claims(
         self,
-        logits: Logits,
+        logits: Logits | Chunked,
         weights: FloatArray,
         clients: Sequence[str],
         familiarity: FloatArray | None,
@@ -126,7 +128,7 @@ class Trust(_Memory):
 
     def __call__(
         self,
-        logits: Logits,
+        logits: Logits | Chunked,
         weights: FloatArray,
         *,
         clients: Sequence[str],
@@ -159,7 +161,7 @@ class Trust(_Memory):
         return weighted_mean(logits, claims * np.exp(self._held(clients)))
 
 
-def _distances(logits: Logits, claims: FloatArray) -> FloatArray:
+def _distances(logits: Logits | Chunked, claims: FloatArray) -> FloatArray:
     """Mean L1 distance ``[clients]`` to the rows' geometric medians, weighted by the claims."""
     total = np.zeros(len(logits))
     for rows, probs, shares in blocks(logits, claims):
@@ -215,7 +217,7 @@ class AnchoredTrust(_Memory):
 
     def __call__(
         self,
-        logits: Logits,
+        logits: Logits | Chunked,
         weights: FloatArray,
         *,
         clients: Sequence[str],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedistill.types import FloatArray, Probs
+from fedistill.types import FloatArray, IntArray, Probs
+
+Mask = npt.NDArray[np.bool_]
 
 MISSES = 3
 """Rounds without an answer after which a client counts as inactive."""
@@ -32,7 +33,7 @@ def flag_predictions(
     predictions: Mapping[str, Probs],
     familiarity: Mapping[str, FloatArray] | None = None,
     *,
-    answered: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    answered: Mapping[str, Mask] | None = None,
     coarse: bool = False,
     published: Probs | None = None,
 ) -> tuple[Probs, FloatArray, dict[str, list[str]]]:
@@ -58,56 +59,112 @@ def flag_predictions(
     """
     names = list(predictions)
     probs = np.array([predictions[name] for name in names], dtype=np.float64)
-    said = probs
-    if familiarity:
-        said = np.concatenate(
-            [probs, np.array([familiarity[n] for n in names])[:, :, None]], axis=2
-        )
-    weights = np.ones(len(names))
-    flags: dict[str, list[str]] = {}
-    spoken = [said[index].tobytes() for index in range(len(names))]
-    alike = Counter(spoken)
-    for index, name in enumerate(names):
-        rows = probs[index]
-        given = np.ones(len(rows), dtype=bool) if answered is None else answered[name]
-        if not given.any():
-            continue  # it declined every row: nothing was said that could be wrong
-        twins = alike[spoken[index]]
-        if twins > 1 and len(rows) > 1 and not coarse:
-            flags.setdefault(name, []).append("identical")
-            weights[index] /= twins
-        if len(rows) > 1 and np.ptp(said[index], axis=0).max() < 1e-9:
-            flags.setdefault(name, []).append("constant")
-            weights[index] = 0.0
-        elif not coarse and published is not None and repeats(rows[given], published[given]):
-            flags.setdefault(name, []).append("echo")
-            weights[index] = 0.0
-        elif not coarse and given.sum() > 1 and rows[given].max(axis=1).min() > CERTAIN:
-            flags.setdefault(name, []).append("overconfident")
-            probs[index] = (1 - SMOOTHING) * rows + SMOOTHING / rows.shape[1]
-    if not weights.any():
-        weights = np.ones(len(names))
+    given = np.ones(probs.shape[:2], dtype=bool)
+    if answered is not None:
+        given = np.array([answered[name] for name in names])
+    marks = np.array([familiarity[name] for name in names]) if familiarity else None
+    watch = Watch(given, coarse=coarse, published=published)
+    watch.look(slice(0, probs.shape[1]), probs, marks)
+    weights, flags, certain = watch.verdict(names)
+    for index in np.flatnonzero(certain):
+        probs[index] = smoothed(probs[index])
     return probs, weights, flags
 
 
-def repeats(said: Probs, published: Probs) -> bool:
-    """Whether a client says what was published before, row by row to the last code.
+def smoothed(probs: Probs) -> Probs:
+    """Predictions with one percent of uniform ones."""
+    mixed: Probs = (1 - SMOOTHING) * probs + SMOOTHING / probs.shape[-1]
+    return mixed
 
-    An honest client that learns from a target comes near it and not onto it: it is only where a
-    target is all but certain that two of them are coded alike, and those rows are left out. A
-    client whose predictions *are* the targets (alone with a rule that follows one client, and
-    without training) looks the same; where it is the only one with a weight it keeps it.
+
+class Watch:
+    """Looks at some rows after others, and tells at the end whose predictions look wrong.
 
     Args:
-        said: ``[rows, classes]``, decoded.
-        published: ``[rows, classes]``, decoded; NaN on rows without a target.
+        answered: bool ``[clients, rows]``.
+        coarse: as in :func:`flag_predictions`.
+        published: as in :func:`flag_predictions`.
     """
-    told = np.where(np.isnan(published).any(axis=1), 1.0, published.max(axis=1))
-    known = np.flatnonzero(told < ECHO_CERTAIN)
-    if len(np.unique(published[known], axis=0)) < ECHO_ROWS:
-        return False
-    same = np.abs(said[known] - published[known]).max(axis=1) <= ECHO_STEP
-    return bool(same.mean() >= ECHO_SHARE)
+
+    def __init__(self, answered: Mask, *, coarse: bool, published: Probs | None = None) -> None:
+        clients, rows = answered.shape
+        self.answered = answered
+        self.coarse = coarse
+        self.published = None if coarse else published
+        self.comparable = np.zeros(rows, dtype=bool)
+        if self.published is not None:
+            untold = np.isnan(self.published).any(axis=1)
+            self.comparable = np.where(untold, 1.0, self.published.max(axis=1)) < ECHO_CERTAIN
+        self.alike: IntArray = np.zeros(clients, dtype=np.int64)
+        self.low: FloatArray | float = np.inf
+        self.high: FloatArray | float = -np.inf
+        self.least = np.full(clients, np.inf)
+        self.same = np.zeros(clients, dtype=np.int64)
+
+    def look(self, rows: slice, probs: Probs, marks: npt.NDArray[Any] | None = None) -> None:
+        """At ``probs [clients, some rows, classes]``, and ``marks [clients, some rows]``."""
+        said = list(probs)
+        if marks is not None:
+            pairs = zip(probs, marks, strict=True)
+            said = [np.concatenate([own, mark[:, None]], axis=1) for own, mark in pairs]
+        self.alike = _parted(self.alike, said)
+        self.low = np.minimum(self.low, [own.min(axis=0, initial=np.inf) for own in said])
+        self.high = np.maximum(self.high, [own.max(axis=0, initial=-np.inf) for own in said])
+        for client, own in enumerate(probs):
+            given = self.answered[client, rows]
+            certain = own.max(axis=1)[given].min(initial=np.inf)
+            self.least[client] = min(self.least[client], certain)
+            known = self.comparable[rows] & given
+            if self.published is not None and known.any():
+                gap = np.abs(own[known] - self.published[rows][known]).max(axis=1)
+                self.same[client] += int((gap <= ECHO_STEP).sum())
+
+    def verdict(self, names: Sequence[str]) -> tuple[FloatArray, dict[str, list[str]], Mask]:
+        """A weight for each client, remarks, and whose predictions are to be smoothed."""
+        weights, certain = np.ones(len(names)), np.zeros(len(names), dtype=bool)
+        flags: dict[str, list[str]] = {}
+        several = self.answered.shape[1] > 1
+        for index, name in enumerate(names):
+            given = int(self.answered[index].sum())
+            if not given:
+                continue  # it declined every row: nothing was said that could be wrong
+            twins = int((self.alike == self.alike[index]).sum())
+            if twins > 1 and several and not self.coarse:
+                flags.setdefault(name, []).append("identical")
+                weights[index] /= twins
+            if several and np.subtract(self.high, self.low)[index].max() < 1e-9:
+                flags.setdefault(name, []).append("constant")
+                weights[index] = 0.0
+            elif self._echoes(index):
+                flags.setdefault(name, []).append("echo")
+                weights[index] = 0.0
+            elif not self.coarse and given > 1 and self.least[index] > CERTAIN:
+                flags.setdefault(name, []).append("overconfident")
+                certain[index] = True
+        return weights if weights.any() else np.ones(len(names)), flags, certain
+
+    def _echoes(self, client: int) -> bool:
+        """Whether it says what was published before, row by row to the last code.
+
+        An honest client that learns from a target comes near it and not onto it: it is only where
+        a target is all but certain that two of them are coded alike, and those rows are left out.
+        A client whose predictions *are* the targets (alone with a rule that follows one client,
+        and without training) looks the same; where it is the only one with a weight it keeps it.
+        """
+        known = self.comparable & self.answered[client]
+        if self.published is None or not self.same[client]:
+            return False
+        if self.same[client] / known.sum() < ECHO_SHARE:
+            return False
+        return len(np.unique(self.published[known], axis=0)) >= ECHO_ROWS
+
+
+def _parted(alike: IntArray, said: Sequence[FloatArray]) -> IntArray:
+    """Equal numbers for those who have said the same so far, and do here too."""
+    many = np.bincount(alike) > 1
+    keys = [(n, own.tobytes() if many[n] else b"") for n, own in zip(alike, said, strict=True)]
+    numbers: dict[tuple[int, bytes], int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 class Vigilance:

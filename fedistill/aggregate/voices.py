@@ -22,24 +22,32 @@ def voices(logits: Logits, weights: FloatArray) -> tuple[Logits, FloatArray]:
         FedistillError: a shape does not fit, or a weight is negative or not finite.
     """
     scores = np.asarray(logits, dtype=np.float64)
-    if scores.ndim != 3 or not scores.shape[0] or not scores.shape[2]:
+    given = say(scores.shape, weights)
+    return log_softmax(np.where(given[:, :, None] > 0, scores, 0.0)), given
+
+
+def say(shape: tuple[int, ...], weights: FloatArray) -> FloatArray:
+    """Weights as ``[clients, rows]``, if they and predictions of that shape fit together.
+
+    Raises:
+        FedistillError: a shape does not fit, or a weight is negative or not finite.
+    """
+    if len(shape) != 3 or not shape[0] or not shape[2]:
         raise FedistillError(
             "logits must be [clients, rows, classes] with at least one client and one class, "
-            f"found {list(scores.shape)}: stack one [rows, classes] per client"
+            f"found {list(shape)}: stack one [rows, classes] per client"
         )
     given = np.asarray(weights, dtype=np.float64)
-    if given.shape not in (scores.shape[:1], scores.shape[:2]):
+    if given.shape not in (shape[:1], shape[:2]):
         raise FedistillError(
-            f"weights must be [clients] = {list(scores.shape[:1])} or [clients, rows] = "
-            f"{list(scores.shape[:2])}, found {list(given.shape)}: give one for each"
+            f"weights must be [clients] = {list(shape[:1])} or [clients, rows] = "
+            f"{list(shape[:2])}, found {list(given.shape)}: give one for each"
         )
     if not (np.isfinite(given).all() and (given >= 0).all()):
         raise FedistillError(
             "weights must be finite and at least 0, found others: give a client without a say 0"
         )
-    if given.ndim == 1:
-        given = np.repeat(given[:, None], scores.shape[1], axis=1)
-    return log_softmax(np.where(given[:, :, None] > 0, scores, 0.0)), given
+    return np.repeat(given[:, None], shape[1], axis=1) if given.ndim == 1 else given
 
 
 def top_class(scores: FloatArray) -> IntArray:

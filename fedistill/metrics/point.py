@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedistill.aggregate.chunked import parts
 from fedistill.aggregate.rules import softmax
 from fedistill.types import IntArray, Logits, Probs
 
@@ -53,5 +54,8 @@ def agreement(probs: Probs, targets: Probs) -> float:
 
 def entropy(probs: Probs) -> float:
     """Mean entropy of the rows, in nats."""
-    safe = np.maximum(np.asarray(probs, dtype=np.float64), 1e-30)
-    return float(-(safe * np.log(safe)).sum(axis=1).mean()) if len(probs) else 0.0
+    rows = np.empty(len(probs))
+    for part in parts(len(probs), probs.shape[1]):
+        safe = np.maximum(np.asarray(probs[part], dtype=np.float64), 1e-30)
+        rows[part] = (safe * np.log(safe)).sum(axis=1)
+    return float(-rows.mean()) if len(rows) else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedistill.aggregate.chunked import Chunked, reads
 from fedistill.aggregate.rules import Rule, configure, softmax, takes, wants
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Familiar, Learner
@@ -60,7 +61,8 @@ def check_rule(rule: Rule | str) -> None:
 
     A rule that returns several targets a row, ``[rows, choices, classes]``, keeps all this for
     each of them. One that remembers keeps it in any one round, and goes on from what
-    ``state_dict`` gave as if nothing had happened.
+    ``state_dict`` gave as if nothing had happened. One that declares how it reads
+    (:mod:`fedistill.aggregate.chunked`) makes the same bytes of its rows in parts.
 
     Args:
         rule: a function; a class, which is made anew for each property as
@@ -137,6 +139,7 @@ def check_rule(rule: Rule | str) -> None:
     silent["weights"][:, 2] = 0.0
     _probs(make(), silent, f"{part}, a row without weights", unanswered=2)
 
+    _check_reading(make, case, usual, part)
     if hasattr(make(), "state_dict"):
         _check_memory(make, case, part)
 
@@ -160,6 +163,23 @@ def _check_memory(make: Callable[[], Any], case: Mapping[str, FloatArray], part:
     resumed.load_state_dict(state)
     went_on = _probs(rule, case, f"{part}, second round")
     same(_probs(resumed, case, part), went_on, f"{part}, second round after restoring")
+
+
+def _check_reading(
+    make: Callable[[], Rule], case: Mapping[str, Any], usual: Probs, part: str
+) -> None:
+    """Prove what a rule declares: some rows alone, or predictions that are read in parts."""
+    if reads(make()) == "rows":
+        title = f"{part}, declared row-wise, some rows alone"
+        for rows in (slice(0, 3), slice(3, ROWS)):
+            some = {n: case[n][:, rows] for n in ("logits", "familiarity")}
+            some |= {"anchors": case["anchors"][rows]}
+            same(_probs(make(), {**case, **some}, title), usual[rows], title, within=0.0)
+    elif reads(make()) == "chunks":
+        logits = case["logits"]
+        read = Chunked(logits.shape, lambda rows: logits[:, rows].copy())
+        title = f"{part}, declared chunkwise, predictions read in parts"
+        same(_probs(make(), {**case, "logits": read}, title), usual, title, within=0.0)
 
 
 def _case(

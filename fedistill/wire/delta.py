@@ -23,7 +23,7 @@ from fedistill.errors import Rejected
 from fedistill.types import IntArray, Probs
 from fedistill.wire.codec import CODECS
 from fedistill.wire.entropy import pack, unpack
-from fedistill.wire.grid import Codes, Grid
+from fedistill.wire.grid import Codes, Grid, in_parts
 
 PLAIN, SAME = 0, 1
 """First byte of a delta: codes as they are; nothing changed. The others are :data:`ORDERS`."""
@@ -68,12 +68,17 @@ def quantise(codec: str, probs: Probs, *, seed: int = 0) -> Codes:
         Rejected: ``nonfinite`` or ``not_probs``.
     """
     grid = grid_of(codec)
-    return grid.quantise(probs, seed) if CODECS[codec].draws else grid.quantise(probs)
+    if CODECS[codec].draws:  # for all rows at once, from one seed
+        return grid.quantise(probs, seed)
+    codes: Codes = in_parts(grid.quantise, probs, probs.shape[1])
+    return codes
 
 
 def restore(codec: str, codes: Codes, classes: int) -> Probs:
     """The float32 probabilities ``[rows, classes]`` that codes stand for."""
-    return grid_of(codec).restore(codes, classes)
+    grid = grid_of(codec)
+    probs: Probs = in_parts(lambda some: grid.restore(some, classes), codes, classes)
+    return probs
 
 
 def delta_encode(codec: str, codes: Codes, reference: Codes | None = None) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,8 @@ import numpy.typing as npt
 from fedistill.errors import Rejected
 from fedistill.types import FloatArray, IntArray, Probs
 
+CELLS = 1 << 20
+"""Values that are converted at a time: 8 MB of float64."""
 Codes = IntArray
 """Unsigned whole numbers ``[rows, columns]``; what a column means is the grid's business."""
 
@@ -51,6 +54,22 @@ class Grid:
     def decode(self, data: bytes, rows: int, classes: int) -> Probs:
         """Bytes to float32 probabilities ``[rows, classes]``, or :class:`Rejected`."""
         return self.restore(self.load(data, rows, classes), classes)
+
+
+def in_parts(convert: Callable[[Any], Any], table: Any, width: int) -> Any:
+    """What a conversion that takes each row by itself makes of a table, some rows at a time.
+
+    Args:
+        convert: from rows to rows.
+        table: ``[rows, columns]``.
+        width: values of a row where they are most; floats of many rows take much memory.
+    """
+    if len(table) * width <= CELLS:
+        return convert(table)
+    size = max(CELLS // width, 1)
+    return np.concatenate(
+        [convert(table[start : start + size]) for start in range(0, len(table), size)]
+    )
 
 
 def sound(probs: Probs) -> Probs:

@@ -16,6 +16,9 @@ from fedistill.wire.grid import Codes, Grid, label_type, measured, shares, width
 LOWEST = 12.0
 """Log-probabilities below minus this are sent as minus this (a probability of 6e-6)."""
 
+DECODED = np.exp(np.arange(256) * (-LOWEST / 255.0))
+"""What each code stands for."""
+
 
 def log_codes(probs: FloatArray) -> Codes:
     """Probabilities as one byte each: minus the logarithm in steps of 12/255."""
@@ -25,7 +28,7 @@ def log_codes(probs: FloatArray) -> Codes:
 
 def from_log_codes(codes: Codes) -> FloatArray:
     """The inverse of :func:`log_codes`, not normalised."""
-    values: FloatArray = np.exp(codes * (-LOWEST / 255.0))
+    values: FloatArray = DECODED[codes]
     return values
 
 

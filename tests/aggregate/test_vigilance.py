@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from builders import probabilities
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedistill.aggregate.vigilance import (
     ECHO_ROWS,
     MISSES,
     PROBE_EVERY,
     Vigilance,
+    Watch,
     flag_predictions,
+    smoothed,
 )
 from fedistill.wire.codec import CODECS, encode
 
@@ -216,3 +220,58 @@ def test_an_honest_client_that_learned_the_targets_is_no_echo(codec, classes):
     fine = len(np.unique(published, axis=0)) >= ECHO_ROWS
     assert fine or (classes == 2 and codec in {"simplex-3", "simplex-4"})
     assert flags == ({"copy": ["echo"]} if fine else {})
+
+
+# --- some rows at a time -------------------------------------------------------------------------
+
+
+def suspicious(rows, seed):
+    """Honest clients, a copy, a constant, an echo, one too sure, one that declines all."""
+    published = probabilities(rows, 50)
+    published[seed % rows] = np.nan
+    echo = np.where(np.isnan(published), 1 / 3, published)
+    own = min(seed % 5, rows)
+    echo[:own] = probabilities(own, seed)
+    said = {f"c{k}": probabilities(rows, seed + k) for k in range(3)} | {
+        "copy": probabilities(rows, seed),
+        "near": np.concatenate([probabilities(rows, seed)[:-1], [[0.2, 0.3, 0.5]]]),
+        "dull": np.full((rows, 3), 1 / 3),
+        "echo": echo,
+        "sure": np.eye(3)[np.random.default_rng(seed).integers(3, size=rows)],
+        "mute": np.full((rows, 3), 1 / 3),
+    }
+    answered = {name: np.ones(rows, dtype=bool) for name in said}
+    answered["mute"][:] = False
+    answered["c1"][seed % 3 :: 3] = False
+    return said, answered, published
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 40), seed=st.integers(0, 99), size=st.integers(1, 9))
+def test_looking_at_some_rows_at_a_time_finds_the_same(rows, seed, size, coarse, marked):
+    said, answered, published = suspicious(rows, seed)
+    names, probs = list(said), np.array(list(said.values()))
+    marks = np.random.default_rng(seed).integers(2, size=probs.shape[:2]) * 1.0 if marked else None
+    told = None if marks is None else dict(zip(names, marks, strict=True))
+    smooth, weights, flags = flag_predictions(
+        said, told, answered=answered, coarse=coarse, published=published
+    )
+    watch = Watch(np.array(list(answered.values())), coarse=coarse, published=published)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        watch.look(part, probs[:, part], None if marks is None else marks[:, part])
+    found, remarks, certain = watch.verdict(names)
+    assert remarks == flags
+    np.testing.assert_array_equal(found, weights)
+    assert [names[k] for k in np.flatnonzero(certain)] == [
+        name for name in names if "overconfident" in flags.get(name, ())
+    ]
+    np.testing.assert_array_equal(
+        [smoothed(own) if sure else own for own, sure in zip(probs, certain, strict=True)], smooth
+    )
+    if rows > 25 and not coarse:
+        assert flags["sure"] == ["overconfident"]
+        assert seed % 5 > 1 or flags["echo"] == ["echo"]
+        assert marked or flags["c0"] == flags["copy"] == ["identical"]

@@ -9,6 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from fedistill import metrics
+from fedistill.aggregate import chunked
 
 LOGITS = np.array([[2.0, 1.0], [0.0, 3.0], [1.0, 0.5], [0.2, 0.1]])
 
@@ -43,3 +44,10 @@ def test_entropy_in_nats_also_with_zeros():
     assert metrics.entropy(np.full((3, 4), 0.25)) == pytest.approx(math.log(4))
     assert metrics.entropy(np.eye(3)) == pytest.approx(0.0)
     assert metrics.entropy(np.empty((0, 3))) == 0.0
+
+
+def test_entropy_of_many_rows_is_taken_in_parts_to_the_same_bits(monkeypatch):
+    probs = np.random.default_rng(0).dirichlet(np.ones(7), size=50)
+    whole = metrics.entropy(probs)
+    monkeypatch.setattr(chunked, "PART", 7 * 13)
+    assert metrics.entropy(probs) == whole

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedistill.errors import Rejected
-from fedistill.wire import codec
+from fedistill.wire import codec, grid
 from fedistill.wire.codec import CODECS
 from fedistill.wire.delta import PLAIN, SAME, delta_decode, delta_encode, quantise, restore
 
@@ -137,3 +137,19 @@ def test_damaged_deltas_are_refused_or_make_codes_that_can_be(name: str, by: flo
 def test_a_codec_of_ones_own_has_no_deltas() -> None:
     with pytest.raises(KeyError):
         quantise("zip", ALIKE)
+
+
+@pytest.mark.parametrize("classes", [2, 9, 130])
+@pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.grid is not None])
+def test_many_rows_are_converted_in_parts_to_the_same_bytes(
+    name: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probs = probabilities(23, 1, classes, scale=3.0)
+    codes = quantise(name, probs, seed=3)
+    decoded = restore(name, codes, classes)
+    for rows in (1, 2, 5, 22):
+        monkeypatch.setattr(grid, "CELLS", rows * classes)
+        np.testing.assert_array_equal(quantise(name, probs, seed=3), codes)
+        found = restore(name, codes, classes)
+        assert found.dtype == decoded.dtype
+        assert found.tobytes() == decoded.tobytes()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedistill.wire import codec
 from fedistill.wire.codec import CODECS
-from fedistill.wire.topk import top_k
+from fedistill.wire.topk import from_log_codes, top_k
 
 
 def test_by_hand() -> None:
@@ -71,3 +71,8 @@ def test_eight_of_a_thousand_classes_fit_in_25_bytes() -> None:
     assert codec.expected_size("top-k", 1, 1000) == 25
     assert codec.expected_size("top-k", 1, 100) == 17
     assert codec.expected_size("top-k", 1, 10) == 17
+
+
+def test_a_code_stands_for_the_exponential_of_its_steps() -> None:
+    codes = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    np.testing.assert_array_equal(from_log_codes(codes), np.exp(codes * (-12.0 / 255.0)))
