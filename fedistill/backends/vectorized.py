@@ -18,6 +18,7 @@ from fedistill.backends.precision import best_mode, matmul_precision
 from fedistill.backends.together import Bench, benches, kind_of, unfit
 from fedistill.client import Site
 from fedistill.distill.torch_student import Lesson, TorchStudent
+from fedistill.dormant import Dormant, by_kind
 from fedistill.errors import Rejected
 from fedistill.select import Answers
 from fedistill.types import FloatArray, Probs, Rows
@@ -40,6 +41,8 @@ class Vectorized:
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
+        if isinstance(sites, Dormant):
+            sites.at_least(WINDOW)
         self.notes = list(remarks(sites))
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
@@ -178,9 +181,9 @@ def remarks(sites: Mapping[str, Site]) -> Iterator[str]:
     if best_mode() != "highest":
         yield f"matrices are multiplied by oneDNN (float32 precision {best_mode()})"
     reasons: dict[str, list[str]] = {}
-    for name, site in sites.items():
+    for kind, site in by_kind(sites):
         if reason := alone(site):
-            reasons.setdefault(reason, []).append(name)
+            reasons.setdefault(reason, []).extend(kind)
     for reason, names in reasons.items():
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
         yield f"trained alone, as by the serial backend: {shown} ({reason})"
