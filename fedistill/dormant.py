@@ -11,6 +11,7 @@ Whoever only wants to know how a site stands (:func:`standing`), or what kinds o
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from fedistill.kept import state_path
 from fedistill.newcomer import observations
 from fedistill.privacy.account import Account
 from fedistill.state_store import StateStore
-from fedistill.types import ProxySet
+from fedistill.types import ProxySet, State
 
 MANY = 1000
 """A federation of more clients lets sites sleep, and measures those that a round asks."""
@@ -201,18 +202,29 @@ class Dormant(Mapping[str, Site]):
         if was.path is None:
             site.unpack(*store.read_state_bytes(self.rest.get(client.id), f"{client.id}, asleep,"))
         else:
-            arrays, facts, note = store.load_state(was.path)
-            if note or (facts["run"], facts["round"]) != (was.run, was.round):
-                raise CheckpointError(
-                    f"{was.path}: expected the state of round {was.round}, found "
-                    f"{'it damaged' if note else 'another one'}: end what else writes there, then "
-                    "--resume"
-                )
-            site.unpack(arrays, facts)
+            site.unpack(*_read(was.path, was))
             site.saved = (site.path, site.facts()) if site.path == was.path else None
         site.exhausted = was.exhausted
         del self._asleep[client.id]
         return site
+
+
+def _read(path: Path, was: Asleep) -> tuple[State, dict[str, Any]]:
+    """A state from its own file; a newer one than was left there is of a process at work on it.
+
+    Raises:
+        CheckpointError: it is damaged or gone, or an older one was put there.
+    """
+    found = "none"
+    with contextlib.suppress(FileNotFoundError):
+        arrays, facts, note = store.load_state(path)
+        if not note and (facts["run"] != was.run or facts["round"] >= was.round):
+            return arrays, facts
+        found = note or f"that of round {facts['round']}"
+    raise CheckpointError(
+        f"{path}: expected the state of round {was.round}, found {found}: keep others away from "
+        "the run folder, then --resume"
+    )
 
 
 # --- of any mapping of sites ---------------------------------------------------------------------

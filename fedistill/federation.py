@@ -44,7 +44,7 @@ from fedistill.privacy.terms import PRIVATE
 from fedistill.server import Combined, Server
 from fedistill.settings import PrivacySettings
 from fedistill.spent import check_budgets, keep_account, privacy_row, privacy_summary, replanned
-from fedistill.state_store import STORES
+from fedistill.state_store import store_of
 from fedistill.streamed import Streamed, experience_line, summary_of
 from fedistill.tables import TableServer, TableSite
 from fedistill.tally import Tally
@@ -136,7 +136,7 @@ class Federation:
         self.notes: list[str] = []
         self.sites: Mapping[str, Site] = {}
         self._awake = most_awake(awake, len(self.clients))
-        self._store = STORES[store]
+        self._store = store_of(store)
         self._away: Away | None = None
         if self.method.teach == "student" and student is None:
             raise DataError(

@@ -11,11 +11,12 @@ import contextlib
 import os
 import tempfile
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-from fedistill.errors import RunError
+from fedistill.errors import FedistillError, RunError, did_you_mean
 
 SMALLEST = 4096
 """Bytes of the smallest slot: a page."""
@@ -181,5 +182,15 @@ def slot_size(length: int) -> int:
     return max(SMALLEST, -(-length // step) * step)
 
 
-STORES = {"disk": DiskStore, "memory": MemoryStore}
-"""By the name of ``backend.store``."""
+STORES: dict[str, Callable[[], StateStore]] = {"disk": DiskStore, "memory": MemoryStore}
+
+
+def store_of(name: str) -> Callable[[], StateStore]:
+    """What the setting ``backend.store`` names.
+
+    Raises:
+        FedistillError: there is none of this name.
+    """
+    if name not in STORES:
+        raise FedistillError(f'unknown store "{name}"{did_you_mean(name, STORES)}')
+    return STORES[name]
