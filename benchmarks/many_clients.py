@@ -97,10 +97,10 @@ def turns(model: str, backend: str, task: argparse.Namespace) -> dict[str, Any]:
     spent: dict[int, list[float]] = {count: [] for count in feds}
     for run in runs.values():
         next(run)
-    for _ in range(task.rounds):
-        for count, run in runs.items():
+    for turn in range(task.rounds):
+        for count in (*runs,) if turn % 2 else (*reversed(runs),):  # A B B A
             before = time.process_time()
-            next(run)
+            next(runs[count])
             spent[count].append(time.process_time() - before)
     many, few = (spent[count] for count in feds)
     return {
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=10_000)
     parser.add_argument("--fewer", type=int, default=1000)
     parser.add_argument("--asked", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--models", nargs="+", default=list(BUILDS), choices=list(BUILDS))
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=list(BACKENDS))
     parser.add_argument("--store", default="disk", choices=["disk", "memory"])
