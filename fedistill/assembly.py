@@ -99,6 +99,8 @@ def assemble(settings: Settings, federated: Federated, chosen: Method) -> Federa
         stream=streamed(settings, federated),
         alarm_quorum=settings.continual.quorum,
         privacy=settings.privacy,
+        awake=settings.backend.awake,
+        store=settings.backend.store,
     )
 
 

@@ -88,6 +88,7 @@ class Site(Kept):
         self.seed = seed
         self.alarm = False
         self.exhausted = False
+        self.saved = None
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}

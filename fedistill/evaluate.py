@@ -5,13 +5,14 @@ Nothing here travels: in a deployment a client's accuracy on its own rows stays 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedistill.client import Site
 from fedistill.distill.learner import Learner
+from fedistill.dormant import client_of, standing
 from fedistill.metrics import accuracy, auc, calibration_error
 from fedistill.types import Rows
 
@@ -34,19 +35,24 @@ def measure(learner: Learner, rows: Rows) -> Figures:
 
 
 def measure_clients(
-    sites: Mapping[str, Site], test: Rows | None, away: Measuring | None = None
+    sites: Mapping[str, Site],
+    names: Collection[str],
+    test: Rows | None,
+    away: Measuring | None = None,
 ) -> dict[str, Any]:
-    """Every client on its own test rows, or else on the common ones; not those never asked.
+    """Clients on their own test rows, or else on the common ones; not bad or never asked ones.
 
     Args:
         sites: the clients.
+        names: those of them that are to be measured.
         test: the common test rows.
         away: measures clients on given rows where they work in other processes.
     """
     due = {}
-    for name, site in sites.items():
-        rows = site.client.test if site.client.test is not None else test
-        if site.round and rows is not None and len(rows):
+    for name in names:
+        client = client_of(sites, name)
+        rows = client.test if client.test is not None else test
+        if client.wrap is None and standing(sites, name).round and rows is not None and len(rows):
             due[name] = rows
     if away is not None:
         clients = away(due)

@@ -22,6 +22,7 @@ from fedistill.client import Client, Member, Site, new_student
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import TorchStudent
+from fedistill.dormant import MANY, Dormant, accounts, most_awake, remarks, settle, standing
 from fedistill.errors import DataError, QuorumError
 from fedistill.evaluate import measure_clients, measure_student
 from fedistill.exchange import EXCHANGES
@@ -42,7 +43,8 @@ from fedistill.presets import method as preset
 from fedistill.privacy.terms import PRIVATE
 from fedistill.server import Combined, Server
 from fedistill.settings import PrivacySettings
-from fedistill.spent import check_budgets, keep_account, privacy_row, privacy_summary
+from fedistill.spent import check_budgets, keep_account, privacy_row, privacy_summary, replanned
+from fedistill.state_store import store_of
 from fedistill.streamed import Streamed, experience_line, summary_of
 from fedistill.tables import TableServer, TableSite
 from fedistill.tally import Tally
@@ -84,6 +86,10 @@ class Federation:
         alarm_quorum: alarms in one round that are followed by an extra round of distillation.
         privacy: how clients make private what they share, as all agreed; None: not at all.
             Clients without terms of their own get them, and a private learner.
+        awake: clients at work in memory at once; the others sleep, and go on to the bit when they
+            are asked. 0: all; None: all of up to 1,000 clients, else 100.
+        store: where the states of sleeping clients are while there is no run folder that has
+            them: ``disk`` (temporary files) or ``memory``.
 
     Raises:
         DataError: no clients, equal ids, or labels outside the classes.
@@ -109,6 +115,8 @@ class Federation:
         stream: Streamed | None = None,
         alarm_quorum: int = 0,
         privacy: PrivacySettings | None = None,
+        awake: int | None = None,
+        store: str = "disk",
     ) -> None:
         self.stream = stream
         self.privacy = privacy or PrivacySettings()
@@ -126,7 +134,9 @@ class Federation:
         self.device = str(pick_device(device))
         self.history: list[Row] = []
         self.notes: list[str] = []
-        self.sites: dict[str, Site] = {}
+        self.sites: Mapping[str, Site] = {}
+        self._awake = most_awake(awake, len(self.clients))
+        self._store = store_of(store)
         self._away: Away | None = None
         if self.method.teach == "student" and student is None:
             raise DataError(
@@ -183,7 +193,8 @@ class Federation:
             out: folder for checkpoints and ``rounds.jsonl``; None keeps everything in memory.
             resume: go on from the checkpoint in ``out``.
             measure_every: rounds between measurements of the clients, which cost a prediction of
-                all test rows by each; the first and the last round are always measured.
+                all test rows by each; the first and the last round are always measured. Of more
+                than 1,000 clients, those that the round asked are measured.
             backend: what runs the clients.
             progress: called with what is being done, how much of it is done, and of how much.
             threads: torch threads while it runs; equal bytes need equal threads.
@@ -208,7 +219,7 @@ class Federation:
                 self.server.distil(plan)
                 regular = number - plan.extra
                 due = regular in {1, rounds} or regular % measure_every == 0
-                row = self._row(plan, tally, combined, test, self.sites if due else {})
+                row = self._row(plan, tally, combined, test, due)
                 row["seconds"] = round(time.monotonic() - started, 3)
                 if "experience" in row:
                     row["experience"]["seconds"] += row["seconds"]
@@ -291,15 +302,16 @@ class Federation:
         tally: Tally,
         combined: Combined,
         test: Rows | None,
-        measured: Mapping[str, Site],
+        due: bool,
     ) -> Row:
         """The figures of a round, as they stand in ``rounds.jsonl``."""
-        measured = {n: site for n, site in measured.items() if site.client.wrap is None}
-        own = [site.client.test for site in self.sites.values() if site.client.test is not None]
+        asked = set(plan.clients) if len(self.clients) > MANY else {*self.sites}
+        names = [name for name in self.sites if name in asked]
+        own = [client.test for client in self.clients if client.id in asked]
         common = [test] if test is not None else []
         away = None if self._away is None else self._away.measure
-        figures = measure_student(self._student(), own or common)
-        figures |= measure_clients(measured, test, away)
+        figures = measure_student(self._student(), [t for t in own if t is not None] or common)
+        figures |= measure_clients(self.sites, names if due else (), test, away)
         return {
             "round": plan.round,
             **figures,
@@ -344,8 +356,9 @@ class Federation:
         flags = {name: list(remarks) for name, remarks in combined.flags.items()}
         for name in self.server.vigilance.inactive():
             flags.setdefault(name, []).append("inactive")
-        for name, site in self.sites.items():
-            if site.clipped and name in plan.clients:
+        asked = set(plan.clients)
+        for name in self.sites:
+            if name in asked and standing(self.sites, name).clipped:
                 flags.setdefault(name, []).append("clipped")
         return flags
 
@@ -359,14 +372,19 @@ class Federation:
             client if client.terms else private_client(client, self.privacy, rounds)
             for client in self.clients
         ]
-        for site in self.sites.values():
-            if site.account is not None:  # a budget that was planned for fewer rounds
-                terms = site.account.terms
-                planned = self.privacy.rounds or rounds
-                site.account.terms = dataclasses.replace(terms, rounds=planned)
+        if self.sites:  # budgets that were planned for fewer rounds
+            planned = self.privacy.rounds or rounds
+            self.clients = [replanned(client, planned) for client in self.clients]
+            for account in accounts(self.sites):
+                account.terms = dataclasses.replace(account.terms, rounds=planned)
 
-    def _sites(self, folder: Path | None) -> dict[str, Site]:
-        """Every client at work, with its state under ``folder``."""
+    def _sites(self, folder: Path | None) -> Mapping[str, Site]:
+        """Every client at work, or ready to be woken, with its state under ``folder``."""
+        if self._awake:
+            people = {client.id: client for client in self.clients}
+            sleeping = Dormant(people, self.site, folder, awake=self._awake, rest=self._store())
+            self.notes = list(remarks(sleeping, self.proxy, len(self.classes)))
+            return sleeping
         sites = {client.id: self.site(client, folder) for client in self.clients}
         self.notes = [note for site in sites.values() for note in site.notes]
         return sites
@@ -397,8 +415,7 @@ class Federation:
         """Build the sites, or go on with those at hand; restore what the journal holds."""
         if not self.sites:
             self.sites = self._sites(journal.folder)
-        for site in self.sites.values():
-            site.keep_in(journal.folder)
+        settle(self.sites, self.clients, journal.folder)
         if resume and journal.exists():
             history, notes = journal.restore(self.server, self.sites)
             self.history = history

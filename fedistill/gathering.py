@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,8 +39,8 @@ def check_members(members: Sequence[Client | Member], exchange: str) -> None:
     """
     if not members:
         raise DataError("a federation needs at least one client, found none")
-    ids = [member.id for member in members]
-    if twice := sorted({name for name in ids if ids.count(name) > 1}):
+    ids = Counter(member.id for member in members)
+    if twice := sorted(name for name, count in ids.items() if count > 1):
         raise DataError(f'client ids must differ, "{twice[0]}" stands twice: rename one')
     possible = {"predictions", *EXCHANGES} - {"weights"}
     if exchange not in possible and any(isinstance(member, Member) for member in members):

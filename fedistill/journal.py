@@ -15,7 +15,9 @@ from typing import Any
 
 from fedistill import store
 from fedistill.client import Site
+from fedistill.dormant import with_files
 from fedistill.errors import CheckpointError
+from fedistill.kept import state_path
 from fedistill.server import Server
 
 Row = dict[str, Any]
@@ -75,7 +77,7 @@ class Journal:
         server.load_state_dict(arrays, facts["server"])
         history = list(facts["history"])
         notes = [note] if note else []
-        for site in sites.values():
+        for site in with_files(sites, self.folder):
             told = site.restore(server.run, server.round + 1)
             notes += [told] if told else []
         self._write_rounds(history)
@@ -86,9 +88,10 @@ class Journal:
         if self.folder is None:
             return
         old = [self._server(), self.folder / "rounds.jsonl", self.folder / STREAM]
-        old += [site.path for site in sites.values() if site.path is not None]
+        old += [state_path(self.folder, name) for name in sites]
         for path in old:
-            store.remove(path)
+            if path.parent.is_dir():
+                store.remove(path)
 
     def save(self, server: Server, history: Sequence[Row]) -> None:
         """A round is done."""

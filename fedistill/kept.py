@@ -32,6 +32,11 @@ from fedistill.wire.messages import Plan
 from fedistill.wire.shelf import Shelf
 
 
+def state_path(folder: Path, name: str) -> Path:
+    """Where a run folder holds the state of a client."""
+    return folder / "sites" / name / "state"
+
+
 class Kept(ABC):
     """The part of a :class:`fedistill.client.Site` that is written to disk and read again.
 
@@ -40,12 +45,14 @@ class Kept(ABC):
         runs: folder of a real site's states, one for every run.
         untaught: the learner's state as it was built.
         account: what may be spent of the rows, and was; None where nothing keeps count.
+        saved: path and facts of the newest generation on disk, if it holds all that the site is.
     """
 
     client: Client
     learner: Learner
     data: Rows
     account: Account | None
+    saved: tuple[Path | None, dict[str, Any]] | None
     path: Path | None
     runs: Path | None
     untaught: State
@@ -90,7 +97,7 @@ class Kept(ABC):
 
     def keep_in(self, folder: Path | None) -> None:
         """Keep the state under ``folder/sites/ID`` from now on; None keeps it in memory."""
-        self.path = folder / "sites" / self.client.id / "state" if folder else None
+        self.path = state_path(folder, self.client.id) if folder else None
         if self.path is not None:
             store.probe(self.path.parent)
             self._account_in(self.path.parent)
@@ -171,6 +178,7 @@ class Kept(ABC):
         if not self.path.parent.is_dir():
             store.probe(self.path.parent)
         store.save_state(self.path, *self.packed(), own=True)
+        self.saved = self.path, self.facts()
 
     def packed(self) -> tuple[State, dict[str, Any]]:
         """What :meth:`save` writes: arrays, and facts fit for JSON."""
@@ -182,19 +190,23 @@ class Kept(ABC):
         }
         for name, part in self._held().items():
             arrays |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
-        refusal = self.refusal and [self.refusal.reason, self.refusal.detail]
+        facts = self.facts()
+        if self.account is not None:
+            facts["privacy"] = self.account.facts()
+        return arrays, facts
+
+    def facts(self) -> dict[str, Any]:
+        """Where the site stands, fit for JSON: all of its state but arrays and account."""
         facts: dict[str, Any] = {
             "run": self.run,
             "round": self.round,
-            "refusal": refusal,
+            "refusal": self.refusal and [self.refusal.reason, self.refusal.detail],
             "clipped": self.clipped,
         }
         if self.client.course is not None:
             facts |= {"position": self.position, "met": [one.facts() for one in self.met]}
             facts["alarm"] = self.alarm
-        if self.account is not None:
-            facts["privacy"] = self.account.facts()
-        return arrays, facts
+        return facts
 
     def erase(self, subject: object) -> ErasureReceipt:
         """Forget a person's remembered rows, here and on disk, and let none of them in again.
@@ -248,6 +260,7 @@ class Kept(ABC):
             arrays, meta, _ = store.load_state(store.previous(self.path))
             note = "state is ahead of the server's, the generation before it was used"
         self.unpack(arrays, meta)
+        self.saved = None if note else (self.path, self.facts())
         return f"{self.client.id}: {note}" if note else None
 
     def unpack(self, arrays: State, meta: Mapping[str, Any]) -> None:

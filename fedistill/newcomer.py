@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fedistill.data.overlap import overlap
+from fedistill.data.overlap import among
 from fedistill.distill.build import build_learner
 from fedistill.distill.learner import Learner
 from fedistill.distill.recipe import Recipe
@@ -92,7 +92,7 @@ def observations(client: Client, proxy: ProxySet, classes: int) -> Iterator[str]
     met = len(np.unique(client.data.labels))
     if met == 1 < classes:
         yield f"{client.id} has rows of one class only"
-    if shared := len(overlap(client.data.inputs, proxy.inputs)):
+    if shared := len(among(client.data.inputs, proxy.digests)):
         yield f"{client.id}: private rows that are also proxy rows: {shared}"
-    if client.test is not None and (shared := len(overlap(client.test.inputs, proxy.inputs))):
+    if client.test is not None and (shared := len(among(client.test.inputs, proxy.digests))):
         yield f"{client.id}: test rows that are also proxy rows: {shared}"

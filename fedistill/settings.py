@@ -474,6 +474,18 @@ class BackendSettings:
     tune: bool = setting(
         False, 'the backend "vectorized" measures once how many clients it trains side by side'
     )
+    awake: int | None = setting(
+        None,
+        "clients at work in memory at once, the others sleep; 0: all; not set: all of up to 1,000 "
+        "clients, else 100",
+        low=0,
+    )
+    store: str = setting(
+        "disk",
+        "where states of sleeping clients are that the run folder does not hold: in temporary "
+        "files, or in memory",
+        choices=("disk", "memory"),
+    )
     max_message_mb: float = setting(64.0, "largest message accepted, in MiB", above=0)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedistill.data import Federated
+from fedistill.distill.learner import Learner
+from fedistill.dormant import MANY
 from fedistill.evaluate import Figures, measure
 from fedistill.federation import Federation
 from fedistill.types import Rows
@@ -29,23 +31,33 @@ def test_rows(federated: Federated) -> dict[str, Rows]:
 def cross_figures(federation: Federation, federated: Federated, everybody: bool) -> Cross:
     """Every client's model on its own site, those that serve all on every site.
 
+    Of more than :data:`MANY` clients, those of the last round.
+
     Args:
         federation: a finished run.
         federated: the rows.
         everybody: also judge every client's model on every other site.
     """
     tests = {name: rows for name, rows in test_rows(federated).items() if len(rows)}
-    learners = {name: site.learner for name, site in federation.sites.items()}
-    if federation.server.student is not None:
-        learners["student"] = federation.server.student
     return {
         model: {
             name: measure(learner, rows)
             for name, rows in tests.items()
             if everybody or model == name or model not in tests
         }
-        for model, learner in learners.items()
+        for model, learner in _learners(federation)
     }
+
+
+def _learners(federation: Federation) -> Iterator[tuple[str, Learner]]:
+    """The models to be judged: those that were measured last where there are many clients."""
+    names: Collection[str] = federation.sites
+    if len(names) > MANY:
+        names = federation.history[-1]["client_accuracy"]
+    for name in names:
+        yield name, federation.sites[name].learner
+    if federation.server.student is not None:
+        yield "student", federation.server.student
 
 
 def site_table(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedistill.client import Site
+from fedistill.client import Client, Site
 from fedistill.errors import BudgetExhausted, FedistillError
 from fedistill.privacy.account import Account
 from fedistill.privacy.accounting import ACCOUNTANT
@@ -57,6 +57,12 @@ def keep_account(server: Server, how: PrivacySettings, rounds: int, folder: Path
     # is there or not the same holds all the more, and that is how ledgers count.
     terms = replace(terms, unit="client")
     server.account = Account(terms, folder and folder / "checkpoint")
+
+
+def replanned(client: Client, rounds: int) -> Client:
+    """A client whose budget, if it has one, is planned for so many rounds."""
+    terms = client.terms
+    return replace(client, terms=replace(terms, rounds=rounds)) if terms is not None else client
 
 
 def privacy_row(server: Server) -> dict[str, Any]:

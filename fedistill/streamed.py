@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedistill.client import Site
+from fedistill.continual.replay import Stats
 from fedistill.course import WINDOW, Met
 from fedistill.distill.learner import Learner
 from fedistill.evaluate import measure
@@ -66,11 +67,17 @@ def experience_line(
         history: rows of the rounds before this one. What came after the line before counts here,
             also a round of distillation that followed it at once.
     """
-    taught = [site.learner for site in sites.values() if site.client.wrap is None]
     told = max((row["round"] for row in history if "experience" in row), default=0)
     since = [row for row in history if row["round"] > told]
-    met = {name: _met(site, position) for name, site in sites.items()}
-    came = {name: one for name, one in met.items() if one is not None}
+    tables, memories, curves, anew = [], [], {}, []
+    came: dict[str, Met] = {}
+    for name, site in sites.items():  # once: of many clients, most are woken for it
+        if site.client.wrap is None:
+            tables.append(_on_all(site.learner, stream.tests))
+        memories += _memory(site.learner)
+        if (one := _met(site, position)) is not None:
+            came[name], curves[name] = one, _curve(site.met, one)
+            anew.append(_anew(site.met, one))
     shares = {name: one.accuracy for name, one in came.items() if one.accuracy is not None}
     return {
         "experience": position + 1,
@@ -78,16 +85,16 @@ def experience_line(
         "round": number,
         "rows": sum(one.rows for one in came.values()),
         "student": _on_all(student, stream.tests),
-        "clients": _means([_on_all(learner, stream.tests) for learner in taught]),
+        "clients": _means(tables),
         "prequential": float(np.mean([*shares.values()])) if shares else None,
         "prequential_by_client": shares,
-        "curve": {name: _curve(sites[name].met, one) for name, one in came.items()},
+        "curve": curves,
         "alarms": {name: list(one.alarms) for name, one in came.items() if one.alarms},
         "consolidated": any(row.get("extra") for row in since),
-        "buffer": _buffers([site.learner for site in sites.values()]),
+        "buffer": _buffers(memories),
         "seconds": round(sum(row["seconds"] for row in since), 3),
         "rows_trained": sum(one.trained for one in came.values()),
-        "rows_retrain": round(sum(_anew(sites[name].met, one) for name, one in came.items())),
+        "rows_retrain": round(sum(anew)),
     }
 
 
@@ -144,10 +151,14 @@ def _means(tables: Sequence[list[float | None] | None]) -> list[float | None] | 
     return np.mean(np.array(known, dtype=float), axis=0).tolist() if known else None
 
 
-def _buffers(learners: Sequence[Learner]) -> Line | None:
-    """What all memories hold together; a private one does not say."""
-    held = [getattr(one, "replay", None) for one in learners]
-    stats = [one.stats() for one in held if one is not None and hasattr(one, "stats")]
+def _memory(learner: Learner) -> list[Stats]:
+    """What a learner's memory holds, if it has one; a private one does not say."""
+    held = getattr(learner, "replay", None)
+    return [held.stats()] if held is not None and hasattr(held, "stats") else []
+
+
+def _buffers(stats: Sequence[Stats]) -> Line | None:
+    """What all memories hold together."""
     if not stats:
         return None
     classes: dict[str, int] = {}

@@ -112,6 +112,12 @@ class Dataset:
     classes: tuple[str, ...]
 
 
+def row_digest(row: FloatArray) -> bytes:
+    """What a row ``[...]`` is known by: equal rows, and they alone, have equal digests."""
+    content = np.ascontiguousarray(row, dtype="<f4").tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 @dataclass(frozen=True, eq=False)
 class ProxySet:
     """The shared unlabelled rows ``[n, ...]``, known by their fingerprint."""
@@ -133,6 +139,11 @@ class ProxySet:
     def fingerprint(self) -> str:
         """sha256 (hex) over shape and content; part of every message."""
         return self.measure()
+
+    @cached_property
+    def digests(self) -> frozenset[bytes]:
+        """What the rows are known by, to find them among others."""
+        return frozenset(map(row_digest, self.inputs))
 
     def measure(self) -> str:
         """The fingerprint computed afresh, to notice rows that changed since the start."""

@@ -28,6 +28,7 @@ from fedistill.backends.frames import Header, Shared, as_it_was, frame, unframe
 from fedistill.backends.worker import BLAS, Crew, Place, work
 from fedistill.client import Site
 from fedistill.distill.torch_student import TorchStudent
+from fedistill.dormant import Dormant, by_kind, client_of, standing
 from fedistill.errors import CheckpointError, FedistillError, Rejected, RunError
 from fedistill.evaluate import Figures
 from fedistill.log import event
@@ -142,11 +143,14 @@ class Pool:
 
     def __init__(self, sites: Mapping[str, Site], count: int = 0) -> None:
         self.sites = sites
-        if any(site.account is not None and site.path is None for site in sites.values()):
-            raise RunError(
-                'private clients on the backend "processes" need a run folder for their ledgers, '
-                "found none: set out"
-            )
+        self._in_memory = False
+        for _, site in by_kind(sites):
+            self._in_memory |= site.path is None
+            if self._in_memory and site.account is not None:
+                raise RunError(
+                    'private clients on the backend "processes" need a run folder for their '
+                    "ledgers, found none: set out"
+                )
         self._turn = 0
         self._now: tuple[str, int] | None = None
         self._stale: dict[str, None] = {}
@@ -204,7 +208,8 @@ class Pool:
 
     def measure(self, due: Mapping[str, Rows]) -> dict[str, Figures]:
         """Figures of clients, each on the rows named (its own test rows, or common ones)."""
-        common = [rows for name, rows in due.items() if rows is not self.sites[name].client.test]
+        own = {name: client_of(self.sites, name).test for name in due}
+        common = [rows for name, rows in due.items() if rows is not own[name]]
         requests = []
         if common and (self._test is None or self._test[0] is not common[0]):
             arrays = {"inputs": common[0].inputs, "labels": common[0].labels}
@@ -227,7 +232,7 @@ class Pool:
         Those who are in the middle of something are broken off, and what they saved last is read;
         without a run folder, where they save nothing, they may end it.
         """
-        if any(site.path is None for site in self.sites.values()):
+        if self._in_memory:
             self._wait_for_all()
         if not any(hand.busy for hand in self._hands):
             with contextlib.suppress(RunError):
@@ -318,7 +323,7 @@ class Pool:
         hand.end()
         hand.deaths += 1
         event("worker_died", round=self._now[1] if self._now else 0, reason=f"exit:{code}")
-        if any(self.sites[name].path is None for name in self._ahead.intersection(hand.names)):
+        if self._in_memory and self._ahead.intersection(hand.names):
             self._hands.remove(hand)
             raise RunError(
                 f"worker {hand.number} died (exit code {code}) with the state of "
@@ -341,7 +346,7 @@ class Pool:
             self._proxy = Shared.of(site.proxy.inputs, CONTEXT)
         pools = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
         return Crew(
-            tuple(_place(self.sites[name]) for name in names),
+            tuple(_place(self.sites, name) for name in names),
             type(site),
             self._proxy,
             site.classes,
@@ -353,10 +358,23 @@ class Pool:
             max((pool["num_threads"] for pool in pools), default=1),
             os.environ.get(BLAS),
             since,
+            **self._sleep(len(names)),
         )
 
+    def _sleep(self, clients: int) -> dict[str, Any]:
+        """How a worker of so many clients lets them sleep: awake is its share of them."""
+        if not isinstance(self.sites, Dormant):
+            return {}
+        share = max(1, self.sites.awake * clients // len(self.sites))
+        return {"awake": share, "rest": type(self.sites.rest)}
 
-def _place(site: Site) -> Place:
+
+def _place(sites: Mapping[str, Site], name: str) -> Place:
+    known = standing(sites, name)
+    if isinstance(sites, Dormant) and (not known.run or sites.resting_place(name)):
+        folder = sites.folder and sites.folder.absolute()
+        return Place(sites.clients[name], folder, b"", (known.run, known.round))
+    site = sites[name]
     client = site.client
     if site.account is not None:
         client = dataclasses.replace(client, terms=site.account.terms)
@@ -370,16 +388,16 @@ def deal(sites: Mapping[str, Site], count: int) -> list[tuple[str, ...]]:
     >>> deal({}, 2)
     []
     """
-
-    def weight(name: str) -> tuple[int, str, int]:
-        learner, rows = sites[name].learner, len(sites[name].data)
+    weight: dict[str, tuple[int, str, int]] = {}
+    for names, site in by_kind(sites):
+        learner = site.learner
         size = parameter_count(learner.module) if isinstance(learner, TorchStudent) else 0
-        return -size, type(learner).__name__, -rows
-
+        for name in names:
+            weight[name] = -size, type(learner).__name__, -len(client_of(sites, name).data)
     count = min(count, len(sites))
     hands: list[list[str]] = [[] for _ in range(count)]
     there_and_back = itertools.cycle([*range(count), *reversed(range(count))])
-    for name, number in zip(sorted(sites, key=weight), there_and_back, strict=False):
+    for name, number in zip(sorted(sites, key=weight.__getitem__), there_and_back, strict=False):
         hands[number].append(name)
     order = {name: place for place, name in enumerate(sites)}
     return [tuple(sorted(names, key=order.__getitem__)) for names in hands]

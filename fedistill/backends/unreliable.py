@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fedistill import store
 from fedistill.backends import Backend, Reply
 from fedistill.client import Site
+from fedistill.dormant import standing
 from fedistill.seeding import generator
 from fedistill.wire.messages import Failure, Plan
 
@@ -97,7 +98,7 @@ class Unreliable:
 
     def _busy(self, name: str, plan: Plan) -> bool:
         """Whether the last answer of a client is still on its way."""
-        site = self.sites[name]
+        site = standing(self.sites, name)
         since = plan.round - site.round
         return (
             site.run == plan.run
@@ -109,11 +110,13 @@ class Unreliable:
     def _late_uploads(self, plan: Plan) -> Iterator[Reply]:
         """What was answered ``lateness`` rounds ago and arrives now."""
         number = plan.round - self.lateness
-        for name, site in self.sites.items():
-            if number > 0 and self._late(name, number):
-                data = _answer(site, plan, number)
-                if data:
-                    yield Reply(name, data, asked=0)
+        if number < 1:
+            return
+        for name in self.sites:
+            if standing(self.sites, name).round not in {number, plan.round}:
+                continue  # it was not asked then, and need not be looked at
+            if self._late(name, number) and (data := _answer(self.sites[name], plan, number)):
+                yield Reply(name, data, asked=0)
 
 
 def unreliable(

@@ -22,6 +22,7 @@ from fedistill.backends.together import Bench, benches, kind_of, shape_of, unfit
 from fedistill.backends.tuning import Choices
 from fedistill.client import Site
 from fedistill.distill.torch_student import Lesson, TorchStudent
+from fedistill.dormant import Dormant, by_kind
 from fedistill.errors import Rejected
 from fedistill.select import Answers
 from fedistill.types import FloatArray, Probs, Rows
@@ -59,6 +60,8 @@ class Vectorized:
     ) -> None:
         self.sites, self.wanted = sites, mapped
         self.choices = Choices(record, tune)
+        if isinstance(sites, Dormant):
+            sites.at_least(WINDOW)
         self.notes = list(remarks(sites, mapped))
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
@@ -260,9 +263,9 @@ def remarks(sites: Mapping[str, Site], wanted: bool | None = None) -> Iterator[s
     if best_mode() != "highest":
         yield f"matrices are multiplied by oneDNN (float32 precision {best_mode()})"
     reasons: dict[str, list[str]] = {}
-    for name, site in sites.items():
+    for kind, site in by_kind(sites):
         if reason := alone(site, wanted):
-            reasons.setdefault(reason, []).append(name)
+            reasons.setdefault(reason, []).extend(kind)
     for reason, names in reasons.items():
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
         yield f"trained alone, as by the serial backend: {shown} ({reason})"

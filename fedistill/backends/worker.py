@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
@@ -18,9 +18,11 @@ import torch
 from fedistill import store
 from fedistill.backends.frames import Header, Shared, frame, told, unframe
 from fedistill.client import Client, Site
+from fedistill.dormant import Dormant
 from fedistill.errors import Rejected
 from fedistill.evaluate import measure
 from fedistill.presets import Method
+from fedistill.state_store import DiskStore, StateStore
 from fedistill.types import ProxySet, Rows
 
 BLAS = "OPENBLAS_NUM_THREADS"
@@ -36,12 +38,14 @@ class Place:
     Attributes:
         client: who.
         folder: the run folder; None: its state stays in memory.
-        state: its state so far, as in a state file; empty: untaught.
+        state: its state so far, as in a state file; empty: untaught, or in its folder.
+        since: run and last round of a state that is in its folder; ``("", 0)``: there is none.
     """
 
     client: Client
     folder: Path | None
     state: bytes
+    since: tuple[str, int] = ("", 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +65,8 @@ class Crew:
         blas: numpy's threads: with another number its products differ in their last bits.
         environment: value of :data:`BLAS` in the run's own process.
         since: run and round that its clients go on in, from what they saved; None: they begin.
+        awake: sites in memory at once; 0: all.
+        rest: what keeps the states of the others.
     """
 
     places: tuple[Place, ...]
@@ -75,15 +81,33 @@ class Crew:
     blas: int
     environment: str | None
     since: tuple[str, int] | None = None
+    awake: int = 0
+    rest: Callable[[], StateStore] = DiskStore
 
-    def sites(self) -> dict[str, Site]:
-        """The clients at work."""
+    def sites(self) -> Mapping[str, Site]:
+        """The clients at work, or ready to be woken."""
         proxy = ProxySet(self.proxy.array())
-        return {place.client.id: self._site(place, proxy) for place in self.places}
+        places = {place.client.id: place for place in self.places}
+        clients = {name: place.client for name, place in places.items()}
+        folder = self.places[0].folder
 
-    def _site(self, place: Place, proxy: ProxySet) -> Site:
+        def opened(client: Client, folder: Path | None) -> Site:
+            return self._site(client, folder, proxy)
+
+        def recalled(site: Site) -> None:
+            self._recall(site, places[site.client.id])
+
+        if self.awake:
+            rest = self.rest()
+            return Dormant(clients, opened, folder, awake=self.awake, rest=rest, begin=recalled)
+        sites = {name: opened(client, folder) for name, client in clients.items()}
+        for site in sites.values():
+            recalled(site)
+        return sites
+
+    def _site(self, client: Client, folder: Path | None, proxy: ProxySet) -> Site:
         site = self.kind.open(
-            place.client,
+            client,
             proxy,
             self.classes,
             self.method,
@@ -91,12 +115,15 @@ class Crew:
             device=self.device,
             limit=self.limit,
         )
-        site.keep_in(place.folder)
+        site.keep_in(folder)
+        return site
+
+    def _recall(self, site: Site, place: Place) -> None:
+        """Bring a site to where it was."""
         if place.state:
             site.unpack(*store.read_state_bytes(place.state))
-        if self.since is not None:
-            site.restore(*self.since)
-        return site
+        if since := self.since or (place.since[0] and place.since):
+            site.restore(*since)
 
 
 def work(line: Connection, crew: Crew) -> None:
@@ -156,7 +183,7 @@ class Hands:
         sites: its clients.
     """
 
-    def __init__(self, sites: dict[str, Site]) -> None:
+    def __init__(self, sites: Mapping[str, Site]) -> None:
         self.sites = sites
         self.test: Rows | None = None
         self.skills: dict[str, Callable[[Site, bytes], Answer]] = {

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Collection
 
 import numpy as np
 
-from fedistill.types import FloatArray, IntArray
+from fedistill.types import FloatArray, IntArray, row_digest
 
 
 def overlap(inputs: FloatArray, others: FloatArray) -> IntArray:
     """Row numbers of ``inputs`` whose exact content occurs among ``others``."""
-    known = {_digest(row) for row in others}
-    return np.flatnonzero([_digest(row) in known for row in inputs])
+    return among(inputs, {row_digest(row) for row in others})
 
 
-def _digest(row: FloatArray) -> bytes:
-    content = np.ascontiguousarray(row, dtype="<f4").tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
+def among(inputs: FloatArray, digests: Collection[bytes]) -> IntArray:
+    """Row numbers of ``inputs`` that have one of these digests."""
+    return np.flatnonzero([row_digest(row) in digests for row in inputs])
