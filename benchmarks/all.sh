@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every table of README.md but that of deployments, one after another: 20 to 25 minutes on a quiet
+# Every table of README.md but that of deployments, one after another: about half an hour on a quiet
 # machine, most of it the naive loops. Lines of JSON, each after the command that printed it:
 #
 #     FEDISTILL_DATA=DIR benchmarks/all.sh > figures.jsonl
@@ -37,11 +37,17 @@ for method in fedistill ds-fl; do
     done
 done
 run benchmarks/worker_processes.py
+run benchmarks/many_clients.py
 
 # Parts of a round.
 run benchmarks/cnn_step.py
 run benchmarks/robust_rules.py
+run benchmarks/server_memory.py --rows 2003 --classes 100 \
+    --rules mean,distribution-weighted,trimmed-mean,krum
 run benchmarks/codecs.py
+
+# Privacy.
+for model in mlp linear cnn; do run benchmarks/dp_step.py --model "$model"; done
 
 # Streams.
 run benchmarks/buffer.py
