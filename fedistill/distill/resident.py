@@ -172,10 +172,18 @@ class _Pack:
 
 
 def _alike(taught: list[nn.Parameter], optimizer: Optimizer) -> bool:
-    """Whether weights can lie in one tensor, and the optimizer treats all of them alike."""
+    """Whether weights can lie in one tensor, and the optimizer treats all of them alike.
+
+    Those in another order of memory would be summed in another order, and those that share memory
+    would part.
+    """
     if len({(weight.dtype, weight.device, weight.layout) for weight in taught}) != 1:
         return False
     if any(w.grad is None or w.grad.layout != torch.strided for w in taught):
+        return False
+    if not all(weight.is_contiguous() for weight in taught):
+        return False
+    if len({weight.untyped_storage().data_ptr() for weight in taught}) < len(taught):
         return False
     held = [optimizer.state.get(weight, {}) for weight in taught]
     counts = {float(one[COUNT]) for one in held if COUNT in one}

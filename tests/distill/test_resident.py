@@ -93,3 +93,31 @@ def test_an_error_in_the_block_leaves_weights_where_they_were():
         teach()
     assert [weight.data_ptr() for weight in optimizer.weights] == homes
     assert not torch.equal(optimizer.weights[0], drawn(0)[0])
+
+
+def strange_weights():
+    """Two in another order of memory, and two that are one."""
+    shared = torch.arange(6.0).reshape(2, 3)
+    wide = torch.linspace(-1, 1, 54).reshape(2, 3, 3, 3)
+    return [
+        nn.Parameter(torch.linspace(0, 1, 12).reshape(3, 4).t()),
+        nn.Parameter(wide.to(memory_format=torch.channels_last)),
+        nn.Parameter(shared),
+        nn.Parameter(shared),
+    ]
+
+
+def test_weights_that_are_not_plain_memory_of_their_own_keep_bytes_and_order():
+    recipe = Recipe(momentum=0.9)
+    ours, theirs = (Optimizer(recipe, strange_weights()) for _ in range(2))
+    strides = [weight.stride() for weight in ours.weights]
+    with Resident(ours, []) as resident:
+        for step in range(3):
+            for optimizer in (ours, theirs):
+                for number, weight in enumerate(optimizer.weights):
+                    weight.grad = torch.full_like(weight, 0.3 * number - step)
+            resident.step(0.1, 1.0)
+            plain_step(theirs, [], 0.1, 1.0, 1.0)
+            assert torch.equal(ours.weights[2], ours.weights[3])
+    assert all(torch.equal(*pair) for pair in zip(ours.weights, theirs.weights, strict=True))
+    assert [weight.stride() for weight in ours.weights] == strides
