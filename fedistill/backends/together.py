@@ -123,7 +123,8 @@ class Bench:
 
 def benches(lessons: Sequence[Sequence[Lesson]], size: int) -> list[list[int]]:
     """Which students of one kind to train side by side, by their places, so many at once."""
-    length = [max((len(one.batches) for one in turns), default=0) for turns in lessons]
+    # Lessons on soft targets alone are equally long in a kind: the sum goes by own rows.
+    length = [sum(one.steps for one in turns) for turns in lessons]
     order = sorted(range(len(lessons)), key=lambda place: -length[place])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
