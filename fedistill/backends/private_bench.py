@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import chain
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -67,8 +66,9 @@ class NoisyDrill(Drill):
         Raises:
             RunError: weights are not finite any more.
         """
-        students = cast(Sequence[PrivateStudent], self.students)
+        students = [one for one in self.students if isinstance(one, PrivateStudent)]
         self.noted = noted = _noisy(self.lessons)
+        self.clip_norm = students[0].privacy.clip_norm
         pairs = [student.open(one) for student, one in zip(students, noted, strict=True)]
         coins, noise = zip(*pairs, strict=True)
         public = feed(noted, self.recipe.temperature)
@@ -104,7 +104,7 @@ class NoisyDrill(Drill):
             self.taught.biases,
             drawn,
             _by_layer(into),
-            clip=cast(PrivateStudent, self.students[0]).privacy.clip_norm,
+            clip=self.clip_norm,
             sigma=[one.sigma for one in self.noted],
             expected=self._expected,
             generators=noise,

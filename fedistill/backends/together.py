@@ -51,7 +51,7 @@ def unfit(learner: object) -> str:
     if learner.guided or not all(weight.requires_grad for weight in module.parameters()):
         return "it trains by a table, or not all of its weights"
     if isinstance(learner, PrivateStudent) and not learner.by_hand:
-        return "it is private, and of users, on a GPU, audited or with a loss of its own"
+        return "its noisy steps are of users, on a GPU, audited or by a loss of its own"
     return ""
 
 

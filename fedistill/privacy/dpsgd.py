@@ -22,14 +22,7 @@ from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.errors import FedistillError
 from fedistill.losses import soft_cross_entropy
 from fedistill.privacy import entropy
-from fedistill.privacy.clipping import (
-    Clipper,
-    Part,
-    RowLoss,
-    Take,
-    clipping_mode,
-    cross_entropy,
-)
+from fedistill.privacy.clipping import Clipper, Part, RowLoss, Take, clipping_mode, cross_entropy
 from fedistill.privacy.events import Sampled, Spending
 from fedistill.privacy.guard import check_loss, refuse
 from fedistill.privacy.layers import built_in, fingerprint, hold_still, private_module

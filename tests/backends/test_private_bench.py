@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from builders import INPUTS, federation, gaussian
+from builders import INPUTS, federation, gaussian, write_settings
 from torch import nn
 
 import fedistill as fd
-from fedistill import models
+from fedistill import experiment, models
 from fedistill.backends import private_bench
 from fedistill.backends.private_bench import PrivateBench, private_benches
 from fedistill.backends.serial import Serial
@@ -288,6 +288,14 @@ def test_what_was_paid_stays_spent_where_training_breaks_off(monkeypatch):
         assert site.account.spent() > 0
         with pytest.raises(FedistillError, match="no allowance"):
             site.learner.fit(site.data, seed=0)
+
+
+def test_a_settings_file_asks_for_it(tmp_path):
+    how = '[privacy]\nmechanism = "dpsgd"\nepsilon = 9\nsteps = 2\nsigma = 3.0\n'
+    settings = write_settings(tmp_path, rounds=2, more=how)
+    told = experiment.run(settings, overrides=["backend.name=vectorized"], out=tmp_path / "run")
+    assert told["backend"] == "vectorized"
+    assert all(site["releases"] == 2 for site in told["privacy"]["sites"].values())
 
 
 def test_rounds_after_those_that_are_paid_for_are_public(coins):
