@@ -83,14 +83,17 @@ def _tried(student: TorchStudent, rows: Tensor) -> str:
 def kind_of(student: TorchStudent, lessons: Sequence[Lesson]) -> tuple[object, ...]:
     """What students must have in common to be mapped together."""
     weights = tuple((name, tuple(value.shape)) for name, value in _weights(student).items())
-    parts = tuple((one.own, one.offset is not None) for one in lessons)
+    parts = tuple(
+        (one.own, 0 if one.own else len(one.batches), one.offset is not None) for one in lessons
+    )
     built = type(student.module), repr(student.module)
     return built, student.recipe, student.classes, student.scored, student.device, weights, parts
 
 
 def blocks(lessons: Sequence[Sequence[Lesson]]) -> list[list[int]]:
     """Which students of one kind to map together, by their places: longest lessons first."""
-    length = [max((len(one.batches) for one in turns), default=0) for turns in lessons]
+    # Lessons on soft targets alone are equally long in a kind: the sum goes by own rows.
+    length = [sum(one.steps for one in turns) for turns in lessons]
     order = sorted(range(len(lessons)), key=lambda place: -length[place])
     return [order[start : start + LARGEST_BLOCK] for start in range(0, len(order), LARGEST_BLOCK)]
 

@@ -34,13 +34,15 @@ from fedistill.distill.optimizer import falling
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.models import MLP, Linear
+from fedistill.privacy.dpsgd import PrivateLesson, PrivateStudent
 from fedistill.select import Answers
 
 
 def unfit(learner: object) -> str:
     """Why a learner is trained alone, in words that end a sentence; empty where it need not be."""
-    if type(learner) is not TorchStudent:
+    if type(learner) not in (TorchStudent, PrivateStudent):
         return f"{type(learner).__name__} is no plain student"
+    assert isinstance(learner, TorchStudent)
     module, recipe = learner.module, learner.recipe
     if type(module) not in (Linear, MLP):
         return f"there are no kernels for {type(module).__name__}"
@@ -48,17 +50,25 @@ def unfit(learner: object) -> str:
         return f"{recipe.optimizer} takes fewer steps for its familiarity than for the rest"
     if learner.guided or not all(weight.requires_grad for weight in module.parameters()):
         return "it trains by a table, or not all of its weights"
+    if isinstance(learner, PrivateStudent) and not learner.by_hand:
+        return "its noisy steps are of users, on a GPU, audited or by a loss of its own"
     return ""
 
 
 def kind_of(student: TorchStudent, lessons: Sequence[Lesson]) -> tuple[object, ...]:
     """What students must have in common to go into one stack."""
     shapes = tuple(tuple(weight.shape) for weight in student._weights())
-    parts = tuple(
-        (one.own, 0 if one.own else len(one.batches), len(one.batches.parts or ()))
-        for one in lessons
-    )
-    return student.recipe, student.classes, student.scored, student.device, shapes, parts
+    privacy = student.privacy if isinstance(student, PrivateStudent) else None
+    built = student.recipe, privacy, student.classes, student.scored, student.device
+    return *built, shapes, tuple(map(_kind_of, lessons))
+
+
+def _kind_of(lesson: Lesson) -> tuple[object, ...]:
+    """What lessons must have in common to be learned together: own rows may last longer."""
+    parts = len(lesson.batches.parts or ())
+    if isinstance(lesson, PrivateLesson):
+        return lesson.noisy, len(lesson.batches), parts
+    return lesson.own, 0 if lesson.own else len(lesson.batches), parts
 
 
 def shape_of(student: TorchStudent) -> Shape:
@@ -97,15 +107,21 @@ class Bench:
             moved = stack if scored or not self.students[0].scored else without_score(stack)
             columns = [partial(kept, name=name, scored=scored) for name in _moments(recipe)]
             moments = [gather(self.students, column) for column in columns]
-            Drill(self.students, turn, stack, moved, moments, averaged).run()
+            drill = self.drill(turn)
+            drill(self.students, turn, stack, moved, moments, averaged).run()
             for moment, column in zip(moments, columns, strict=True):
                 put_back(moment, self.students, column)
             if recipe.optimizer != "sgd":
                 for student, lesson in zip(self.students, turn, strict=True):
-                    count_steps(student, len(lesson.batches), scored)
+                    count_steps(student, lesson.steps, scored)
         put_back(stack, self.students, values)
         if averaged is not None:
             put_back(averaged, self.students, averages)
+
+    def drill(self, lessons: Sequence[Lesson]) -> type[Drill]:
+        """How lessons of one kind are learned together."""
+        del lessons
+        return Drill
 
     def ask(self, rows: Tensor) -> list[Answers]:
         """What each says of rows that all are asked, ``[rows, in]``."""
@@ -123,7 +139,8 @@ class Bench:
 
 def benches(lessons: Sequence[Sequence[Lesson]], size: int) -> list[list[int]]:
     """Which students of one kind to train side by side, by their places, so many at once."""
-    length = [max((len(one.batches) for one in turns), default=0) for turns in lessons]
+    # Lessons on soft targets alone are equally long in a kind: the sum goes by own rows.
+    length = [sum(one.steps for one in turns) for turns in lessons]
     order = sorted(range(len(lessons)), key=lambda place: -length[place])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -160,14 +177,19 @@ class Drill:
 
     def run(self) -> None:
         """Take all steps, and count them."""
-        self.recipe = self.students[0].recipe
-        self.begun = [steps_taken(student) for student in self.students]
         for step, fed in enumerate(feed(self.lessons, self.recipe.temperature)):
             self._step(step, fed)
-            for student, count in zip(self.students, fed.counts, strict=False):
-                student.count(count)
-            if self.averaged is not None:
-                self._follow(len(fed.counts))
+            self._count(fed.counts)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """That of all students."""
+        return self.students[0].recipe
+
+    @cached_property
+    def begun(self) -> list[float]:
+        """Steps that each student's Adam took before."""
+        return [steps_taken(student) for student in self.students]
 
     @cached_property
     def gradient(self) -> Stack:
@@ -244,8 +266,12 @@ class Drill:
         lengths = [len(lesson.batches) for lesson in self.lessons[:active]]
         return [self.recipe.lr * falling(step, length) for length in lengths]
 
-    def _follow(self, active: int) -> None:
-        """Move the averages of the students that took a step."""
-        assert self.averaged is not None
+    def _count(self, rows: Sequence[int]) -> None:
+        """Students took a step on so many rows each: count it, and move their averages."""
+        for student, count in zip(self.students, rows, strict=False):
+            student.count(count)
+        if self.averaged is None:
+            return
+        active = len(rows)
         keep = kernels.for_each([s.keeps() for s in self.students[:active]], self.stack)
         kernels.average(self.averaged.first(active), self.stack.first(active), keep)

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from fedistill.backends import Reply, mapped
 from fedistill.backends.precision import best_mode, matmul_precision
+from fedistill.backends.private_bench import PrivateBench, private_benches
 from fedistill.backends.together import Bench, benches, kind_of, shape_of, unfit
 from fedistill.backends.tuning import Choices
 from fedistill.client import Site
 from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.dormant import Dormant, by_kind
 from fedistill.errors import Rejected
+from fedistill.privacy.dpsgd import PrivateStudent
 from fedistill.select import Answers
 from fedistill.types import FloatArray, Probs, Rows
 from fedistill.wire.messages import Failure, Plan
@@ -36,8 +38,10 @@ class Vectorized:
     """Asks the sites in the order of the plan, a hundred at a time, and trains them side by side.
 
     A site that cannot be trained so (another model than Linear or MLP of
-    :mod:`fedistill.models`, private or bad clients, streams, tables) is asked alone, as the serial
-    backend asks it.
+    :mod:`fedistill.models`, bad clients, streams, tables) is asked alone, as the serial backend
+    asks it. So is a private one, unless its noisy steps can be taken by hand: its privacy is of
+    records, and its own rows are learned by DP-SGD with cross-entropy. All of a hundred have paid
+    before any of them trains; nothing else differs for one of them.
 
     Args:
         sites: all of them.
@@ -214,9 +218,11 @@ def together(works: Sequence[Work], choices: Choices, resident: Resident) -> Non
         asked = resident.rows(rows, students[0].device).flatten(1)
         choice = choices.of(plan.run, shape_of(students[0]))
         with matmul_precision(choice.mode):
-            for places in benches(lessons, choice.block):
+            private = isinstance(students[0], PrivateStudent)
+            cut, kind = (private_benches, PrivateBench) if private else (benches, Bench)
+            for places in cut(lessons, choice.block):
                 taught = [students[at] for at in places]
-                bench = Bench(taught, [lessons[at] for at in places], choice.rows)
+                bench = kind(taught, [lessons[at] for at in places], choice.rows)
                 bench.teach()
                 for at, said in zip(places, bench.ask(asked), strict=True):
                     alike[at].said = said
@@ -244,8 +250,8 @@ def alone(site: Site, wanted: bool | None = None) -> str:
     """
     if type(site) is not Site:
         return "it exchanges tables"
-    if site.account is not None:
-        return "it is private"
+    if site.account is not None and type(site.learner) is not PrivateStudent:
+        return "it is private, and not by noisy steps"
     if site.client.course is not None:
         return "its rows change"
     reason, student = unfit(site.learner), site.learner

@@ -47,6 +47,11 @@ class Lesson:
     offset: Tensor | None
     seed: int
 
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer."""
+        return len(self.batches)
+
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:

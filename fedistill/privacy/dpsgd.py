@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from dataclasses import replace as replaced
 from functools import partial
 
@@ -13,25 +14,69 @@ from torch import Tensor, nn
 
 from fedistill.continual.erasure import ErasureReceipt
 from fedistill.distill.arriving import fingerprint as content_of
-from fedistill.distill.batches import Batch, Batches, soft_batches
+from fedistill.distill.batches import Batch, Batches, picked, soft_batches
 from fedistill.distill.guide import Guide
+from fedistill.distill.optimizer import falling
 from fedistill.distill.recipe import Recipe
-from fedistill.distill.torch_student import TorchStudent
+from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.errors import FedistillError
 from fedistill.losses import soft_cross_entropy
 from fedistill.privacy import entropy
-from fedistill.privacy.clipping import Clipper, Part, RowLoss, clipping_mode, cross_entropy
+from fedistill.privacy.clipping import Clipper, Part, RowLoss, Take, clipping_mode, cross_entropy
 from fedistill.privacy.events import Sampled, Spending
 from fedistill.privacy.guard import check_loss, refuse
 from fedistill.privacy.layers import built_in, fingerprint, hold_still, private_module
 from fedistill.privacy.learner import Quote
 from fedistill.privacy.remembered import PrivateMemory
 from fedistill.privacy.sampling import Units, poisson, units_of
+from fedistill.privacy.stacked import layers_of
 from fedistill.privacy.terms import settled
 from fedistill.settings import PrivacySettings
 from fedistill.types import FloatArray, IntArray, Rows, State
 
 GUARD_ROWS = 16
+
+
+@dataclass(frozen=True)
+class PrivateLesson(Lesson):
+    """What a private student is to do next, before it does: it was paid for, and is done once.
+
+    The ``batches`` are those of its public steps, spread evenly between the noisy ones.
+
+    Attributes:
+        rows: that came; they are remembered when all is done.
+        units: whom the noisy steps draw from: new rows, and remembered ones beside them.
+        take: from numbers of units to their rows, on the device.
+        rate: probability of a unit to be in a step.
+        sigma: noise, in clipping norms.
+        noisy: noisy steps.
+    """
+
+    rows: Rows
+    units: Units
+    take: Take
+    rate: float
+    sigma: float
+    noisy: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of the optimizer, the noisy ones and the public ones."""
+        return self.noisy + len(self.batches)
+
+    @property
+    def expected(self) -> float:
+        """Expected number of units in a noisy step."""
+        return self.rate * len(self.units)
+
+    def draw(self, coins: torch.Generator) -> IntArray:
+        """Numbers of the units in a noisy step."""
+        return poisson(len(self.units), self.rate, coins)
+
+    def beside(self, step: int) -> range:
+        """Which public batches come after a noisy step."""
+        count = len(self.batches)
+        return range(step * count // self.noisy, (step + 1) * count // self.noisy)
 
 
 class PrivateStudent(TorchStudent):
@@ -104,6 +149,7 @@ class PrivateStudent(TorchStudent):
         self._largest: int | None = None
         self.replay = replay
         self._mark = ""
+        self._noted: PrivateLesson | None = None
 
     # --- the account ---------------------------------------------------------------------------
 
@@ -171,10 +217,43 @@ class PrivateStudent(TorchStudent):
         kept = {k[7:]: v for k, v in state.items() if k.startswith("replay.")}
         own = {k: v for k, v in state.items() if k != "mark" and not k.startswith("replay.")}
         super().load_state_dict(own, rows)
-        self._sigma = None
+        self._sigma = self._noted = None
         if self.replay is not None and kept:
             self.replay.load_state_dict(kept)
             self._mark = bytes(state["mark"]).decode()
+
+    # --- side by side with others --------------------------------------------------------------
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether its noisy steps can be taken with others' (:mod:`fedistill.privacy.stacked`)."""
+        plain = self._mode == "gram" and layers_of(self.module) is not None
+        # An audit listens to the gradients of one student.
+        return plain and self.listener is None and self.device.type == "cpu"
+
+    def rates(self, step: int, steps: int) -> tuple[float, float]:
+        """Learning rates of a noisy step, and of the public ones beside it."""
+        share = falling(step, steps) if self.recipe.schedule == "cosine" else 1.0
+        return (self.privacy.lr or self.recipe.lr) * share, self.recipe.lr * share
+
+    def open(self, lesson: PrivateLesson) -> tuple[torch.Generator, torch.Generator]:
+        """Generators of the coins and of the noise of what was paid for, once.
+
+        Raises:
+            FedistillError: it is not the last lesson given, or was begun before.
+        """
+        if lesson is not self._noted:
+            raise FedistillError(
+                "a private lesson was paid for once: expected the last one given, found one that "
+                "was begun or replaced: charge another step"
+            )
+        self._noted = None
+        return entropy.generator(), entropy.generator(self.device)
+
+    def close(self, lesson: PrivateLesson) -> None:
+        """All its steps were taken: count its own rows, as many as expected, and remember them."""
+        self.passed += round(lesson.expected * lesson.noisy)
+        self._remember(lesson.rows)
 
     # --- learning ------------------------------------------------------------------------------
 
@@ -189,20 +268,52 @@ class PrivateStudent(TorchStudent):
             FedistillError: no allowance, or what :meth:`quote` raises.
             RunError: the weights are not finite any more.
         """
-        sigma, self._sigma = self._sigma, None
+        super().fit(rows, seed=seed)
+
+    def lesson(self, rows: Rows, seed: int) -> Lesson | None:
+        """What ``fit`` would do; the allowance is taken for it, and is gone whatever becomes of it.
+
+        Raises:
+            FedistillError: as :meth:`fit`.
+        """
+        sigma, self._sigma, self._noted = self._sigma, None, None
         own = self._together(rows)
         steps = self._noisy_steps(len(own))
         if not steps:
-            super().fit(own.take([]), seed=seed)
-            return
+            return super().lesson(own.take([]), seed)
         if sigma is None:
             raise FedistillError(
                 "a private student has no allowance for these rows: charge the step first (quote, "
                 "the ledger's reserve, allow)"
             )
         self._check_loss(own)
-        self._learn(own, sigma, steps, seed)
-        self._remember(rows)
+        units = units_of(own, self.privacy.unit)
+        self._noted = PrivateLesson(
+            self._public(steps, len(units), seed),
+            own=True,
+            offset=None,
+            seed=seed,
+            rows=rows,
+            units=units,
+            take=self._taker(own, units),
+            rate=self.privacy.sample_rate,
+            sigma=sigma,
+            noisy=steps,
+        )
+        return self._noted
+
+    def work_through(self, lesson: Lesson) -> None:
+        """Train on what ``hear`` or ``lesson`` gave.
+
+        Raises:
+            FedistillError: it was paid for once, and this is the second time.
+            RunError: the weights are not finite any more.
+        """
+        if not isinstance(lesson, PrivateLesson):
+            super().work_through(lesson)
+            return
+        self._learn(lesson)
+        self.close(lesson)
 
     def guide(self, guide: Guide | None) -> None:
         """Refuse: a guide compares own rows with a table in the same step.
@@ -234,12 +345,9 @@ class PrivateStudent(TorchStudent):
             return 0
         return self.privacy.steps or max(1, round(self.recipe.epochs / self.privacy.sample_rate))
 
-    def _learn(self, rows: Rows, sigma: float, steps: int, seed: int) -> None:
-        units = units_of(rows, self.privacy.unit)
-        expected = self.privacy.sample_rate * len(units)
-        coins = entropy.generator()
-        public = self._public(steps, len(units), seed)
-        take = self._taker(rows, units)
+    def _learn(self, lesson: PrivateLesson) -> None:
+        coins, noise = self.open(lesson)
+        units = lesson.units
         self._net.train()
         hold_still(self._net)
         with (
@@ -248,33 +356,30 @@ class PrivateStudent(TorchStudent):
                 self.module,
                 self.loss,
                 clip=self.privacy.clip_norm,
-                sigma=sigma,
-                expected=expected,
-                generator=entropy.generator(self.device),
+                sigma=lesson.sigma,
+                expected=lesson.expected,
+                generator=noise,
                 mode=self._mode,
                 largest=self._largest,
                 rows=len(units.order) / len(units),
             ) as clipper,
         ):
-            for step in range(steps):
-                share = self._falling(step, steps)
+            for step in range(lesson.noisy):
+                rate, public = self.rates(step, lesson.noisy)
                 before = fingerprint(self.module)
-                clipper.step(poisson(len(units), self.privacy.sample_rate, coins), take)
+                clipper.step(lesson.draw(coins), lesson.take)
                 self._check_buffers(before)
                 if self.listener is not None:
                     self.listener(self.module)
-                self._move((self.privacy.lr or self.recipe.lr) * share)
-                beside = range(*_evenly(step, steps, len(public)))
-                if beside:
+                self._move(rate)
+                if beside := lesson.beside(step):
                     with clipper.aside():
                         for number in beside:
-                            batch = public.make(number)
-                            self._public_step(batch, self.recipe.lr * share, len(units))
+                            self._public_step(lesson.batches.make(number), public, len(units))
             self._mode, self._largest = clipper.mode, clipper.largest
-            self.passed += round(expected * steps)
         self._net.eval()
 
-    def _taker(self, rows: Rows, units: Units) -> Callable[[IntArray], Part]:
+    def _taker(self, rows: Rows, units: Units) -> Take:
         """From numbers of units to their rows, on the device."""
         inputs = self._tensor(rows.inputs)
         labels = torch.from_numpy(rows.labels).to(self.device)
@@ -282,9 +387,8 @@ class PrivateStudent(TorchStudent):
 
         def take(chosen: IntArray) -> Part:
             index, owner = units.rows_of(chosen)
-            place = torch.from_numpy(index).to(self.device)
             whose = torch.from_numpy(owner).to(self.device) if users else None
-            return inputs[place], labels[place], whose
+            return picked(inputs, index), picked(labels, index), whose
 
         return take
 
@@ -298,7 +402,7 @@ class PrivateStudent(TorchStudent):
         each = max(1, len(memory) // size)
         epochs = math.ceil(wanted / each)
         batches = soft_batches(memory, replaced(self.recipe, distil_epochs=epochs), seed)
-        return Batches(min(wanted, len(batches)), batches.smallest, batches.make)
+        return replaced(batches, count=min(wanted, len(batches)))
 
     def _public_step(self, batch: Batch, rate: float, units: int) -> None:
         """An ordinary step on public rows alone."""
@@ -321,11 +425,6 @@ class PrivateStudent(TorchStudent):
         self._steps += 1
         self._update_average(self._weights())
 
-    def _falling(self, step: int, steps: int) -> float:
-        if self.recipe.schedule != "cosine":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * step / steps))
-
     def _check_buffers(self, before: list[tuple[str, int, int]]) -> None:
         """Nothing but weights may learn from own rows: nothing else gets noise."""
         changed = set(before) ^ set(fingerprint(self.module))
@@ -345,11 +444,6 @@ class PrivateStudent(TorchStudent):
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
         check_loss(self.module, self.loss, inputs, labels, name=name)
         self._checked = True
-
-
-def _evenly(step: int, steps: int, count: int) -> tuple[int, int]:
-    """Which of ``count`` things come after a step, if they are spread evenly."""
-    return step * count // steps, (step + 1) * count // steps
 
 
 def _labelled(rows: Rows) -> Rows:

@@ -177,9 +177,14 @@ def noisy_gradients(
     for place, (random, share) in enumerate(zip(generators, sigma, strict=True)):
         spread = share * clip / float(expected[place])
         for tensor in into:  # client by client: noise is added while it is in the cache
-            own = tensor[place]
+            own = _lying(tensor[place])
             if keep:
                 own.mul_(keep).add_(torch.empty_like(own).normal_(0.0, spread, generator=random))
             else:
                 own.normal_(0.0, spread, generator=random)
     found.add_to(into, factors_of(norms, clip) * drawn.present / expected[:, None])
+
+
+def _lying(values: Tensor) -> Tensor:
+    """A matrix as it lies in memory, or its transpose: variates are drawn faster in order."""
+    return values if values.is_contiguous() else values.mT

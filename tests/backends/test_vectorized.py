@@ -44,9 +44,9 @@ def after(backend, clients, chosen, rounds):
     return fed, rows
 
 
-def compare(clients, chosen, rounds=2):
+def compare(clients, chosen, rounds=2, backend=Vectorized):
     serial, one = after(Serial, clients, chosen, rounds)
-    fast, other = after(Vectorized, clients, chosen, rounds)
+    fast, other = after(backend, clients, chosen, rounds)
     assert one[-1]["clients_ok"] == other[-1]["clients_ok"]
     for name, site in serial.sites.items():
         # Rounding may move a coded symbol: the codec here is exact.
@@ -57,6 +57,11 @@ def compare(clients, chosen, rounds=2):
             np.testing.assert_allclose(found[key], value, atol=5e-5, err_msg=f"{name} {key}")
         assert fast.sites[name].learner.passed == site.learner.passed
     return fast
+
+
+def normed():
+    """A module without kernels that can be mapped."""
+    return nn.Sequential(nn.Linear(INPUTS, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
 
 
 RECIPES = {
@@ -91,6 +96,20 @@ def test_methods_give_what_they_give_one_after_another(name):
     chosen = dataclasses.replace(method(name), codec="float32", cache=False)
     fast = compare(people(4, MLP, Recipe(epochs=1, batch_size=8)), chosen)
     assert not any("trained alone" in note for note in fast.notes)
+
+
+@pytest.mark.parametrize("backend", [Vectorized, partial(Vectorized, mapped=True)])
+def test_a_phase_that_is_longer_than_training_leaves_no_step_out(backend):
+    """The shortest training first: all phases are equally long."""
+    recipe = Recipe(epochs=1, batch_size=8, distil_epochs=9)
+    chosen = dataclasses.replace(
+        method("ds-fl"), codec="float32", client={"distil": "phase", "distil_epochs": 9}
+    )
+    build = normed if backend is not Vectorized else MLP
+    clients = [
+        Client(f"site-{k}", build, gaussian(9 + 15 * k, k), training=recipe) for k in range(3)
+    ]
+    compare(clients, chosen, backend=backend)
 
 
 def test_a_phase_leaves_the_score_of_familiarity_and_its_momentum_alone():

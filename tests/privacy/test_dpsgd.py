@@ -143,6 +143,26 @@ def test_a_failed_fit_used_its_allowance_up():
     assert np.isfinite(weights(learner)).all()
 
 
+def test_what_was_paid_for_is_done_once(repeatable):
+    """Noted first and worked through later it is the same fit."""
+    one, other = student(), fitted(student())
+    one.allow(1.0)
+    lesson = one.lesson(ROWS, 1)
+    assert (lesson.noisy, lesson.steps, lesson.expected, lesson.sigma) == (8, 8, 10.0, 1.0)
+    assert not one._steps
+    one.work_through(lesson)
+    np.testing.assert_array_equal(weights(one), weights(other))
+    with pytest.raises(FedistillError, match="paid for once"):
+        one.work_through(lesson)
+    one.allow(1.0)
+    stale = one.lesson(ROWS, 1)
+    one.allow(1.0)
+    one.lesson(ROWS, 1)
+    with pytest.raises(FedistillError, match="charge another step"):
+        one.work_through(stale)
+    np.testing.assert_array_equal(weights(one), weights(other))
+
+
 def test_an_allowance_is_not_for_a_later_fit():
     learner = student()
     learner.allow(1.0)

@@ -123,6 +123,16 @@ def test_momentum_is_folded_in():
     assert_close(found, [0.9 * b + p for b, p in zip(before, plain, strict=True)])
 
 
+def test_matrices_may_lie_as_their_transposes():
+    modules = made("mlp")
+    plain = gradients(modules)
+    turned = [
+        tensor.mT.contiguous().mT if tensor.dim() > 2 else tensor.clone()
+        for tensor in (torch.ones_like(part) for part in plain)
+    ]
+    assert_close(gradients(modules, keep=0.5, into=turned), [0.5 + part for part in plain])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_without_a_finite_gradient_adds_nothing(value):
     modules, rows = made("mlp"), [part.clone() for part in ROWS]
