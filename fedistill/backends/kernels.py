@@ -168,8 +168,10 @@ def few(stack: Stack, rows: int) -> bool:
     return rows * rows * sum(sizes) < PASSES * entries
 
 
-def clip_deltas(given: Sequence[Tensor], deltas: Sequence[Tensor], largest: float) -> None:
+def clip_deltas(given: Sequence[Tensor], deltas: Sequence[Tensor], largest: float) -> bool:
     """The same as :func:`clip` before the gradient is there, which is then never read by itself.
+
+    Not done, and False, where a square is too large for its kind of number.
 
     The gradient of a layer is a sum of products of a row's inputs and deltas, and so its squared
     norm is one of products of rows with each other: sum of (x x' + 1) (d d') over all pairs of
@@ -181,7 +183,10 @@ def clip_deltas(given: Sequence[Tensor], deltas: Sequence[Tensor], largest: floa
         rows = torch.matmul(seen, seen.mT) + 1
         square = square + (rows * torch.bmm(by_row, by_row.mT)).sum((1, 2))
     assert isinstance(square, Tensor)
-    _scale(deltas, square.clamp_min(0).sqrt(), largest)
+    finite = bool(square.isfinite().all())
+    if finite:
+        _scale(deltas, square.clamp_min(0).sqrt(), largest)
+    return finite
 
 
 def _scale(tensors: Sequence[Tensor], length: Tensor, largest: float) -> None:

@@ -204,8 +204,8 @@ class Drill:
         outputs, given = kernels.forward(stack, fed.inputs)
         deltas = kernels.backward(stack, given, self._delta(outputs, fed))
         rates, clip = self._rates(step, active), recipe.clip
-        if clip and kernels.few(stack, fed.inputs.shape[1]):
-            kernels.clip_deltas(given, deltas, clip)
+        few = clip and kernels.few(stack, fed.inputs.shape[1])
+        if few and kernels.clip_deltas(given, deltas, clip):
             clip = 0.0
         if recipe.optimizer == "sgd" and moments and not clip and not recipe.weight_decay:
             kernels.accumulate(moments[0], given, deltas, recipe.momentum or 0.0)

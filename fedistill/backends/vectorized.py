@@ -7,8 +7,9 @@ Soft targets differ from those of the serial backend by rounding: 1e-5 after a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +87,24 @@ class Vectorized:
             at_work = [work for work in works.values() if work.plan is not None]
             with torch.no_grad():
                 together(at_work, self.choices, resident)
+            # All that were trained are done with the round before any of them is heard: whoever
+            # stops listening must not find some of them trained for it and asked for it anew.
+            for name, work in works.items():
+                if name not in heard:
+                    heard[name] = self._answer(plan, name, work.end)
             for name in names:
-                yield heard[name] if name in heard else self._end(plan, name, works.get(name))
+                if name not in heard:
+                    heard[name] = self._answer(plan, name, partial(self._alone, plan, name))
+                yield heard[name]
 
-    def _end(self, plan: Plan, name: str, work: Work | None) -> Reply | Failure:
-        """What a site answers; one that is asked alone does all of its work here."""
+    def _alone(self, plan: Plan, name: str) -> bytes:
+        """All of the step of a site."""
+        return self.sites[name].answer(plan.message(name))
+
+    def _answer(self, plan: Plan, name: str, answer: Callable[[], bytes]) -> Reply | Failure:
+        """What a site answers, or why it refuses."""
         try:
-            if work is None:
-                return Reply(name, self.sites[name].answer(plan.message(name)))
-            return Reply(name, work.end())
+            return Reply(name, answer())
         except Rejected as refusal:
             return Failure(name, plan.round, refusal.reason)
 

@@ -323,3 +323,45 @@ def test_lost_clients_and_streams_may_be_simulated_by_it(tmp_path):
     settings = write_settings(tmp_path, rounds=2)
     given = ["backend.name=vectorized", "clients.dropout=0.1"]
     assert config.load(settings, given).backend.name == "vectorized"
+
+
+class Deaf(Vectorized):
+    """Stops listening after two answers."""
+
+    def run(self, plan):
+        for number, reply in enumerate(super().run(plan)):
+            if number == 2:
+                raise OSError("the line is dead")
+            yield reply
+
+
+def test_who_stops_listening_and_goes_on_finds_nobody_trained_twice():
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32")
+    whole, broken = (
+        federation(people(5, MLP, RECIPES["plain"]), method=chosen, per_round=30, quorum=1)
+        for _ in range(2)
+    )
+    list(whole.run(3, backend=Vectorized))
+    list(broken.run(1, backend=Vectorized))
+    with pytest.raises(OSError, match="dead"):
+        list(broken.run(3, backend=Deaf))
+    list(broken.run(3, backend=Vectorized))
+    for name, site in whole.sites.items():
+        found = broken.sites[name].learner.state_dict()
+        for key, value in site.learner.state_dict().items():
+            np.testing.assert_allclose(found[key], value, atol=1e-6, err_msg=f"{name} {key}")
+
+
+def test_rows_that_are_too_large_to_be_squared_are_clipped_as_one_after_another():
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32", client={"distil": "inside"})
+    clients = people(4, MLP, RECIPES["clipped"])
+    loud = clients[1].data
+    clients[1] = dataclasses.replace(
+        clients[1], data=dataclasses.replace(loud, inputs=loud.inputs * np.float32(1e25))
+    )
+    serial, one = after(Serial, clients, chosen, 2)
+    fast, other = after(Vectorized, clients, chosen, 2)
+    assert [row["clients_ok"] for row in other] == [row["clients_ok"] for row in one]
+    assert one[0]["clients_ok"] == 4
+    for name in ("site-0", "site-2"):
+        np.testing.assert_allclose(fast.sites[name].targets, serial.sites[name].targets, atol=1e-5)
