@@ -19,7 +19,6 @@ from fedistill.cache import Said
 from fedistill.course import Met, consolidate
 from fedistill.data.erased import without_erased
 from fedistill.distill.learner import Learner
-from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import (
     BudgetExceeded,
     FedistillError,
@@ -361,19 +360,10 @@ class Site(Kept):
             plan: what is asked.
             said: what the learner says of the rows asked, where it was asked with others.
         """
-        said = self._at_once(plan) if said is None else said
         scores = None if said is None else said.familiarity
         answered, familiarity = self.selector.choose(plan.rows(), self.learner, scores)
         logits = self.predict(plan.rows()[answered]) if said is None else said.logits[answered]
         return self.encode(plan, answered, self.protect(logits), familiarity)
-
-    def _at_once(self, plan: Plan) -> Answers | None:
-        """What the learner says of the rows asked, where one pass tells all; None elsewhere."""
-        both = self.method.density() == "head" and not self.method.accept and len(self.data)
-        if not both or type(self.learner) is not TorchStudent:
-            return None
-        logits, familiarity = self.learner.answers(self.proxy.take(plan.rows()))
-        return Answers(logits, familiarity)
 
     def predict(self, rows: IntArray) -> Logits:
         """Logits on some proxy rows, ``[rows, classes]``: those that may leave."""

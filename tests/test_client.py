@@ -28,7 +28,6 @@ from builders import (
 from fedistill.backends import Reply
 from fedistill.client import Client, Site
 from fedistill.distill.density import DENSITIES
-from fedistill.distill.torch_student import TorchStudent
 from fedistill.errors import DataError, Rejected
 from fedistill.presets import METHODS
 from fedistill.types import Rows
@@ -302,22 +301,6 @@ def test_only_what_was_asked_is_predicted() -> None:
     said = fed.sites["site-0"].answer(plan.message("site-0"))
     answer = fed.server.check(said, plan, "site-0", set())
     assert answer.probs.shape == (7, 3)
-
-
-@pytest.mark.parametrize("accept", [0.0, 0.2])
-def test_a_student_asked_once_says_what_it_says_when_asked_twice(
-    accept: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fed = federation(method=dataclasses.replace(METHODS["fedistill"], accept=accept))
-    list(fed.run(2))
-    plan, site = fed.server.plan(3), fed.sites["site-0"]
-    asked = []
-    answers = TorchStudent.answers
-    monkeypatch.setattr(TorchStudent, "answers", lambda *given: asked.append(1) or answers(*given))
-    once = site.share(plan).to_bytes()
-    assert bool(asked) == (not accept)
-    monkeypatch.setattr(Site, "_at_once", lambda *_: None)
-    assert site.share(plan).to_bytes() == once
 
 
 def test_the_bytes_reported_are_the_bytes_sent() -> None:

@@ -260,10 +260,6 @@ class TorchStudent:
         """Log density ratio of own to proxy rows, ``[rows]``; 0 where it is not learned."""
         return self._evaluate(inputs)[1]
 
-    def answers(self, inputs: FloatArray) -> tuple[Logits, FloatArray]:
-        """Logits by the head and familiarity, at once."""
-        return self._evaluate(inputs)
-
     def state_dict(self) -> State:
         """Weights, their moving average, the optimizer's tensors, the guide and the steps taken."""
         state = {f"net.{k}": _copied(v) for k, v in self._net.state_dict().items()}
