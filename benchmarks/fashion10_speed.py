@@ -38,7 +38,8 @@ def run(code: Path, rows: Path, seed: int, rounds: int, options: list[str]) -> d
         last = (out / "rounds.jsonl").read_text().splitlines()[-1]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": spent} | json.loads(last)
+    # The line has a "seconds" of its own: how long the last round took.
+    return json.loads(last) | {"seconds": spent}
 
 
 def main() -> None:
@@ -70,9 +71,10 @@ def main() -> None:
             "backend": asked.backend,
             "times_earlier": round(best["earlier"]["seconds"] / best["now"]["seconds"], 2),
             **{
-                f"{who}_{name}": found[f"{key}"]
+                f"{who}_{name}": round(found[key], 4)
                 for name, found in best.items()
                 for who, key in (
+                    ("seconds", "seconds"),
                     ("student", "student_accuracy"),
                     ("clients", "client_accuracy_mean"),
                 )

@@ -153,14 +153,18 @@ class Site(Kept):
 
     # --- the step ------------------------------------------------------------------------------
 
-    def answer(self, message: bytes) -> bytes:
+    def answer(self, message: bytes, measured: str = "") -> bytes:
         """Take part in one round: a plan in, an upload out.
+
+        Args:
+            message: the plan.
+            measured: as in :meth:`begin`.
 
         Raises:
             Rejected: the plan is not for this site, or its predictions cannot be shared.
             RunError: the proxy rows changed since the start.
         """
-        begun = self.begin(message)
+        begun = self.begin(message, measured)
         if isinstance(begun, bytes):
             return begun
         self.absorb(begun)

@@ -45,9 +45,9 @@ def answers(monkeypatch):
     calls = []
     answer = Site.answer
 
-    def counted(site, message):
+    def counted(site, *given):
         calls.append(site.client.id)
-        return answer(site, message)
+        return answer(site, *given)
 
     monkeypatch.setattr(Site, "answer", counted)
     return calls

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from fedistill.backends import Reply
 from fedistill.client import Site
 from fedistill.errors import Rejected
+from fedistill.types import ProxySet
 from fedistill.wire.messages import Failure, Plan
 
 
@@ -22,8 +23,12 @@ class Serial:
 
     def run(self, plan: Plan) -> Iterator[Reply | Failure]:
         """One reply or failure for every client asked."""
+        measured: dict[ProxySet, str] = {}  # rows that clients share are measured once a round
         for name in plan.clients:
+            site = self.sites[name]
+            if site.proxy not in measured:
+                measured[site.proxy] = site.proxy.measure()
             try:
-                yield Reply(name, self.sites[name].answer(plan.message(name)))
+                yield Reply(name, site.answer(plan.message(name), measured[site.proxy]))
             except Rejected as refusal:
                 yield Failure(name, plan.round, refusal.reason)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedistill.byhand.patches import Geometry, collect, gather, pool, scatter, spread, unpool
+from fedistill.byhand.patches import Geometry, collect, gather, pool, scatter, seen, spread, unpool
 
 Grads = list[Tensor | None]
 """A gradient for each of a layer's weights."""
@@ -93,7 +93,8 @@ class Flat:
 class Convolved:
     """A convolution, 2x2 max pooling, and ReLU.
 
-    ReLU comes last, wherever the module has it: it and max commute.
+    ReLU comes last, wherever the module has it: it and max commute. In memory the lines of an image
+    come first.
 
     Attributes:
         convolution: of stride 1.
@@ -115,26 +116,34 @@ class Convolved:
 
     def forward(self, inputs: Tensor, keep: bool) -> tuple[Tensor, Any]:  # noqa: D102
         at = self._at(inputs.shape[1], inputs.shape[2])
-        columns, matrix = gather(inputs, at), spread(self.convolution.weight, at)
-        largest, choice = pool(torch.mm(matrix, columns).view(2, 2, -1), keep)
-        outputs = largest.view(at.after, -1)
+        stripes, matrix = gather(inputs.transpose(0, 1), at), spread(self.convolution.weight, at)
+        lines = seen(stripes, at)
+        places = torch.bmm(matrix.expand(len(lines), -1, -1), lines)
+        largest, choice = pool(places.view(at.windows[0], 2, 2, -1), keep)
+        outputs = largest.view(at.windows[0], at.after, at.windows[1], -1)
         if self.convolution.bias is not None:
-            outputs.add_(self.convolution.bias[:, None])
+            outputs.add_(self.convolution.bias[:, None, None])
         if self.relu:
             outputs.clamp_min_(0)
-        found = outputs.view(at.after, *at.windows, -1)
-        return found, (at, columns, matrix, choice, found) if keep else None
+        kept = (at, stripes, matrix, choice, outputs) if keep else None
+        return outputs.transpose(0, 1), kept
 
     def backward(self, kept: Any, delta: Tensor, needed: bool) -> tuple[Tensor | None, Grads]:  # noqa: D102
-        at, columns, matrix, choice, outputs = kept
+        at, stripes, matrix, choice, outputs = kept
+        delta = delta.transpose(0, 1).contiguous()
         if self.relu:
             delta = _through_relu(delta, outputs)
-        delta = delta.reshape(at.after, -1)
-        wide = unpool(delta.view(-1), choice).view(4 * at.after, -1)
-        grads: Grads = [collect(wide @ columns.t(), at)]
+        wide = unpool(delta.flatten(1), choice).view(2 * at.windows[0], 2 * at.after, -1)
+        products = torch.bmm(seen(stripes, at), wide.transpose(1, 2))
+        grads: Grads = [collect(products.sum(0).t(), at)]
         if self.convolution.bias is not None:
-            grads.append(delta.sum(1))
-        return scatter(matrix.t() @ wide, at) if needed else None, grads
+            grads.append(delta.sum((0, 2, 3)))
+        if not needed:
+            return None, grads
+        passed = torch.zeros_like(stripes)
+        for line, said in zip(seen(passed, at), wide, strict=True):
+            line.addmm_(matrix.t(), said)
+        return scatter(passed, at).transpose(0, 1), grads
 
     def _at(self, height: int, width: int) -> Geometry:
         made = self.convolution

@@ -1,17 +1,17 @@
-"""A pooled convolution as a product of matrices, of images whose rows come last.
+"""A pooled convolution as products of matrices, of images whose rows come last.
 
-A column of the product is one 2x2 window of one row: what it sees, ``side`` x ``side`` pixels of
-each channel, goes in, and its four places come out. The weights of a place are the kernel, shifted,
-among zeros: more multiplications, but fewer pixels to gather, larger matrices, and pooling compares
-whole tensors.
+An image is cut into stripes: for each of its lines, the ``side`` pixels of every channel that a
+pair of neighbouring places sees. Lines below each other lie below each other in memory, so what a
+line of outputs sees is a piece of the stripes as it is, and nothing is copied for the height of the
+kernel. The weights of the two places of a pair are the kernel, shifted, among zeros: a few more
+multiplications, but half the pixels to gather and larger matrices, and pooling compares whole
+tensors.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ class Geometry:
 
     @property
     def side(self) -> int:
-        """Pixels that a window sees, each way."""
+        """Pixels of a line that a pair of places sees."""
         return self.kernel + 1
 
     @property
@@ -49,103 +49,69 @@ class Geometry:
         return (self.height + rest) // 2, (self.width + rest) // 2
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Which pixels the windows see.
-
-    Attributes:
-        seen: for each channel, place in a window and window, the number of the pixel; one more
-            than the last for a zero beside the image.
-        edged: whether there are such zeros.
-        said: for each pixel the places of ``seen`` that are it, one pixel after another.
-        starts: of each pixel in ``said``.
-    """
-
-    seen: Tensor
-    edged: bool
-    said: Tensor
-    starts: Tensor
-
-
-@lru_cache(maxsize=32)
-def tables(at: Geometry) -> Tables:
-    """The tables of a convolution."""
-    channel, down, right, high, wide = np.ogrid[
-        : at.before, : at.side, : at.side, : at.windows[0], : at.windows[1]
-    ]
-    line, column = 2 * high + down - at.padding, 2 * wide + right - at.padding
-    inside = (line >= 0) & (line < at.height) & (column >= 0) & (column < at.width)
-    pixels = at.before * at.height * at.width
-    number = (channel * at.height + line) * at.width + column
-    seen = np.where(inside, number, pixels).ravel()
-    said = np.argsort(seen, kind="stable")[: int((seen < pixels).sum())]
-    starts = np.searchsorted(seen[said], np.arange(pixels))
-    return Tables(
-        torch.from_numpy(seen),
-        len(said) < len(seen),
-        torch.from_numpy(said),
-        torch.from_numpy(starts),
-    )
-
-
 def gather(inputs: Tensor, at: Geometry) -> Tensor:
-    """What each window sees, a column each.
+    """What the pairs of places see of each line of the padded image.
 
     Args:
-        inputs: ``[channels, height, width, rows]``, in any order of memory.
+        inputs: ``[height, channels, width, rows]``, in any order of memory.
         at: the convolution.
 
     Returns:
-        ``[channels * side * side, windows * rows]``.
+        Stripes ``[padded height, channels, side, windows in a line, rows]``.
     """
-    table, rows = tables(at), inputs.shape[-1]
-    if table.edged:
-        pixels = inputs.new_empty(inputs[..., 0].numel() + 1, rows)
-        pixels[:-1].view(inputs.shape).copy_(inputs)
-        pixels[-1] = 0
-    else:
-        pixels = inputs.reshape(-1, rows)
-    return pixels.index_select(0, table.seen).view(at.before * at.side**2, -1)
+    if at.padding:
+        around = at.padding, at.padding
+        inputs = F.pad(inputs, (0, 0, *around, 0, 0, *around))
+    return inputs.unfold(2, at.side, 2).permute(0, 1, 4, 2, 3).contiguous()
 
 
-def scatter(columns: Tensor, at: Geometry) -> Tensor:
+def scatter(stripes: Tensor, at: Geometry) -> Tensor:
     """The transpose of :func:`gather`: each pixel gets the sum of what was said of it.
 
     Args:
-        columns: ``[channels * side * side, windows * rows]``.
+        stripes: as :func:`gather` returns them.
         at: the convolution.
 
     Returns:
-        ``[channels, height, width, rows]``.
+        ``[height, channels, width, rows]``.
     """
-    table = tables(at)
-    said = columns.view(len(table.seen), -1)
-    sums = F.embedding_bag(table.said, said, table.starts, mode="sum")
-    return sums.view(at.before, at.height, at.width, -1)
+    lines, channels, _, across, rows = stripes.shape
+    pad = at.padding
+    sums = stripes.new_zeros(lines, channels, at.width + 2 * pad, rows)
+    for right in range(at.side):
+        sums[:, :, right : right + 2 * across : 2].add_(stripes[:, :, right])
+    return sums[pad : pad + at.height, :, pad : pad + at.width]
+
+
+def seen(stripes: Tensor, at: Geometry) -> Tensor:
+    """What each line of outputs sees, a column for each pair of places and row.
+
+    Args:
+        stripes: of :func:`gather`, in their order of memory.
+        at: the convolution.
+
+    Returns:
+        ``[lines, kernel * channels * side, windows in a line * rows]``; lines overlap in memory.
+    """
+    columns = stripes.shape[3] * stripes.shape[4]
+    line = at.before * at.side
+    shape = 2 * at.windows[0], at.kernel * line, columns
+    return stripes.as_strided(shape, (line * columns, columns, 1))
 
 
 def spread(kernel: Tensor, at: Geometry) -> Tensor:
-    """The kernel at each place of a window, ``[4 * after, before * side * side]``."""
-    matrix = kernel.new_zeros(4 * at.after, at.before * at.side**2)
-    _places(matrix, at).copy_(kernel)
-    return matrix
+    """The kernel at each place of a pair, ``[2 * after, kernel * before * side]``."""
+    matrix = kernel.new_zeros(2, at.after, at.kernel, at.before, at.side)
+    for place in range(2):
+        matrix[place, ..., place : place + at.kernel] = kernel.transpose(1, 2)
+    return matrix.view(2 * at.after, -1)
 
 
 def collect(matrix: Tensor, at: Geometry) -> Tensor:
     """The transpose of :func:`spread`, ``[after, before, kernel, kernel]``."""
-    upper, lower = _places(matrix, at)
-    left, right = upper + lower
-    found: Tensor = left + right
-    return found
-
-
-def _places(matrix: Tensor, at: Geometry) -> Tensor:
-    """Where the kernel lies, ``[2, 2, after, before, kernel, kernel]``."""
-    area = at.side**2
-    row = at.before * area
-    place = at.after * row
-    shape = 2, 2, at.after, at.before, at.kernel, at.kernel
-    return matrix.as_strided(shape, (2 * place + at.side, place + 1, row, area, at.side, 1))
+    left, right = matrix.reshape(2, at.after, at.kernel, at.before, at.side)
+    found: Tensor = left[..., :-1] + right[..., 1:]
+    return found.transpose(1, 2)
 
 
 # --- pooling -------------------------------------------------------------------------------------
@@ -156,8 +122,8 @@ class Choice:
     """Which place of each window was the largest, as zeros and ones.
 
     Attributes:
-        left: whether in each line the left one is, ``[2, n]``.
-        upper: whether the upper line has it, ``[n]``.
+        left: whether in each line the left one is, ``[windows, 2, n]``.
+        upper: whether the upper line has it, ``[windows, n]``.
     """
 
     left: Tensor
@@ -168,21 +134,25 @@ def pool(places: Tensor, keep: bool) -> tuple[Tensor, Choice | None]:
     """The largest of each window, and which it was: the first in reading order where several are.
 
     Args:
-        places: ``[2, 2, n]``; overwritten where the choice is kept.
+        places: ``[windows, 2, 2, n]``: below each other, its lines, its places in a line;
+            overwritten where the choice is kept.
         keep: whether it is.
     """
-    lines = torch.maximum(places[:, 0], places[:, 1])
-    largest = torch.maximum(lines[0], lines[1])
+    left, right = places.unbind(2)
+    lines = torch.maximum(left, right)
+    upper, lower = lines.unbind(1)
+    largest = torch.maximum(upper, lower)
     if not keep:
         return largest, None
-    return largest, Choice(places[:, 0].ge_(places[:, 1]), lines[0].ge_(lines[1]))
+    return largest, Choice(left.ge_(right), upper.ge_(lower))
 
 
 def unpool(delta: Tensor, choice: Choice) -> Tensor:
-    """Each value at the chosen place of its window, ``[2, 2, n]``."""
-    lines, places = delta.new_empty(2, len(delta)), delta.new_empty(2, 2, len(delta))
-    torch.mul(delta, choice.upper, out=lines[0])
-    torch.sub(delta, lines[0], out=lines[1])
-    torch.mul(lines, choice.left, out=places[:, 0])
-    torch.sub(lines, places[:, 0], out=places[:, 1])
+    """Each value ``[windows, n]`` at the chosen place of its window, ``[windows, 2, 2, n]``."""
+    windows, count = delta.shape
+    lines, places = delta.new_empty(windows, 2, count), delta.new_empty(windows, 2, 2, count)
+    torch.mul(delta, choice.upper, out=lines[:, 0])
+    torch.sub(delta, lines[:, 0], out=lines[:, 1])
+    torch.mul(lines, choice.left, out=places[:, :, 0])
+    torch.sub(lines, places[:, :, 0], out=places[:, :, 1])
     return places

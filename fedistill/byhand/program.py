@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
@@ -49,6 +49,21 @@ class Program:
             return self.forward(inputs, False)[0]
         found: tuple[Tensor, ...] = _Node.apply(self, inputs, *self.weights)  # type: ignore[no-untyped-call]
         return found
+
+    @torch.no_grad()
+    def teach(self, inputs: Tensor, slopes: Callable[..., Sequence[Tensor | None]]) -> None:
+        """Add a loss's gradient to that of the weights, without any graph.
+
+        Args:
+            inputs: ``[rows, ...]``.
+            slopes: from the outputs of each head to the gradient of the loss by them; None where
+                it does not depend on them.
+        """
+        outputs, kept = self.forward(inputs, True)
+        grads = self.backward(kept, slopes(*outputs))
+        for weight, grad in zip(self.weights, grads, strict=True):
+            if grad is not None and weight.requires_grad:
+                weight.grad = grad if weight.grad is None else weight.grad + grad
 
     @cached_property
     def weights(self) -> list[nn.Parameter]:

@@ -37,7 +37,7 @@ from fedistill.distill.remembering import (
     stored_logits,
 )
 from fedistill.distill.teachers import EmaTeacher, Moving, SelfTeacher, Teacher, as_teacher
-from fedistill.distill.torch_student import Loss, TorchStudent, seeded
+from fedistill.distill.torch_student import Loss, Slopes, TorchStudent, seeded
 from fedistill.errors import FedistillError, RunError
 from fedistill.losses import own_or_proxy, soft_cross_entropy
 from fedistill.seeding import derive, generator
@@ -178,9 +178,10 @@ class ObjectiveStudent(TorchStudent):
         beside: Callable[[int], Tensor | None] | None = None,
         after: Callable[[], None] | None = None,
         recipe: Recipe | None = None,
+        slopes: Slopes | None = None,
     ) -> None:
         """One optimizer step for each batch; a teacher that moves follows each."""
-        super()._train(batches, loss, seed, beside, after or self._follow, recipe)
+        super()._train(batches, loss, seed, beside, after or self._follow, recipe, slopes)
 
     def _role(self, seed: int) -> Objective:
         """The objective, or what CFeD leaves of it for a client in a round."""

@@ -20,7 +20,13 @@ from fedistill.distill.optimizer import Optimizer, falling
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.resident import Resident
 from fedistill.distill.trunk import Trunk, trunk_of
-from fedistill.losses import logit_mae, own_or_proxy, soft_cross_entropy
+from fedistill.losses import (
+    logit_mae,
+    own_or_proxy,
+    own_or_proxy_slope,
+    soft_cross_entropy,
+    soft_cross_entropy_slope,
+)
 from fedistill.seeding import derive
 from fedistill.types import FloatArray, IntArray, Logits, Probs, Rows, State
 
@@ -29,6 +35,8 @@ PREDICT_ROWS = 250
 
 Loss: TypeAlias = Callable[[Batch, Batch], Tensor]
 """Of a part of a batch, given the whole: the losses of the parts add up to that of the whole."""
+Slopes: TypeAlias = Callable[..., list[Tensor | None]]
+"""From a part of a batch and a network's outputs to the gradient of the loss by each of them."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +204,8 @@ class TorchStudent:
     def work_through(self, lesson: Lesson) -> None:
         """Train on what ``hear`` or ``lesson`` gave."""
         if not lesson.own:
-            self._train(lesson.batches, self._soft_loss, lesson.seed)
+            slopes = _soft_slopes if self.recipe.loss == "kl" else None
+            self._train(lesson.batches, self._soft_loss, lesson.seed, slopes=slopes)
             return
         offset = lesson.offset
 
@@ -214,7 +223,9 @@ class TorchStudent:
                 return total if self._scored is None else total + own_or_proxy(score, part.familiar)
 
             beside = None if guide is None else guide.beside
-            self._train(lesson.batches, loss, lesson.seed, beside)
+            plain = guide is None and offset is None and self.recipe.temperature == 1.0
+            slopes = _own_slopes if plain else None
+            self._train(lesson.batches, loss, lesson.seed, beside, slopes=slopes)
 
     def guide(self, guide: Guide | None) -> None:
         """Train by this table from the next ``fit`` on, until there is another; None: by none.
@@ -334,6 +345,7 @@ class TorchStudent:
         beside: Callable[[int], Tensor | None] | None = None,
         after: Callable[[], None] | None = None,
         recipe: Recipe | None = None,
+        slopes: Slopes | None = None,
     ) -> None:
         """One optimizer step for each batch.
 
@@ -344,6 +356,7 @@ class TorchStudent:
             beside: a term of the step and not of rows.
             after: called after each step.
             recipe: rate, schedule and clipping; None: the student's own.
+            slopes: of the same loss, for a network by hand, which then needs no graph.
         """
         recipe = recipe or self.recipe
         self._net.train()
@@ -356,7 +369,8 @@ class TorchStudent:
         with seeded(derive(seed, "dropout")), self._by_hand(), resident:
             for step, batch in enumerate(batches):
                 share = falling(step, len(batches)) if recipe.schedule == "cosine" else 1.0
-                self._backward(batch, loss, None if beside is None else partial(beside, step))
+                extra = None if beside is None else partial(beside, step)
+                self._backward(batch, loss, extra, slopes)
                 resident.step(recipe.lr * share, recipe.clip)
                 self.count(len(batch))
                 resident.follow(self.keeps())
@@ -365,7 +379,11 @@ class TorchStudent:
         self._net.eval()
 
     def _backward(
-        self, batch: Batch, loss: Loss, beside: Callable[[], Tensor | None] | None = None
+        self,
+        batch: Batch,
+        loss: Loss,
+        beside: Callable[[], Tensor | None] | None = None,
+        slopes: Slopes | None = None,
     ) -> None:
         """Gradient of one batch; out of memory, in parts that add up to the same."""
         while True:
@@ -374,7 +392,11 @@ class TorchStudent:
             try:
                 for start in range(0, len(batch), size):
                     part = batch if size == len(batch) else batch.cut(start, start + size)
-                    loss(part, batch).backward()  # type: ignore[no-untyped-call]
+                    program = None if slopes is None else self._program_for(part.inputs)
+                    if program is not None and slopes is not None:
+                        program.teach(part.inputs, partial(slopes, part))
+                    else:
+                        loss(part, batch).backward()  # type: ignore[no-untyped-call]
                 extra = beside() if beside is not None else None
                 # Features of a model without hidden layers are its inputs: nothing to align.
                 if extra is not None and extra.requires_grad:
@@ -435,14 +457,18 @@ class TorchStudent:
             self._program = before
 
     def _forward(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        if self._program is not None and self._program.takes(inputs):
-            logits, *scores = self._program(inputs)
+        if (program := self._program_for(inputs)) is not None:
+            logits, *scores = program(inputs)
             return logits, scores[0][:, 0] if scores else logits.new_zeros(len(logits))
         if self._scored is not None:
             logits, score = self._scored(inputs)
             return logits, score
         logits = self.module(inputs)
         return logits, logits.new_zeros(len(logits))
+
+    def _program_for(self, inputs: Tensor) -> Program | None:
+        """The network by hand, if it has one that can be given these rows."""
+        return self._program if self._program is not None and self._program.takes(inputs) else None
 
     def _weights(self) -> list[nn.Parameter]:
         return [weight for weight in self._net.parameters() if weight.requires_grad]
@@ -458,6 +484,18 @@ class TorchStudent:
             return array.to(self.device)
         tensor: Tensor = torch.as_tensor(np.asarray(array, dtype=np.float32))
         return tensor.to(self.device)
+
+
+def _soft_slopes(part: Batch, logits: Tensor, *scores: Tensor) -> list[Tensor | None]:
+    """Of the cross-entropy with soft targets; it does not depend on scores."""
+    slope = soft_cross_entropy_slope(logits, part.targets, part.weight, part.temperature)
+    return [slope, *[None] * len(scores)]
+
+
+def _own_slopes(part: Batch, logits: Tensor, *scores: Tensor) -> list[Tensor | None]:
+    """Of the cross-entropy at temperature 1, and of telling own rows from proxy rows."""
+    told = [own_or_proxy_slope(score[:, 0], part.familiar)[:, None] for score in scores]
+    return [soft_cross_entropy_slope(logits, part.targets, part.weight), *told]
 
 
 def _copied(tensor: Tensor) -> FloatArray:

@@ -19,7 +19,9 @@ from fedistill.losses.soft_targets import (
     kl_divergence,
     logit_mae,
     own_or_proxy,
+    own_or_proxy_slope,
     soft_cross_entropy,
+    soft_cross_entropy_slope,
     soften,
 )
 
@@ -37,6 +39,7 @@ __all__ = [
     "logit_mae",
     "logit_mse",
     "own_or_proxy",
+    "own_or_proxy_slope",
     "prototype_loss",
     "ranking",
     "ranking_order",
@@ -47,5 +50,6 @@ __all__ = [
     "sampled_kl",
     "sampled_softmax",
     "soft_cross_entropy",
+    "soft_cross_entropy_slope",
     "soften",
 ]

@@ -78,6 +78,14 @@ def soft_cross_entropy(
     return -(weight * (targets.detach() * logs).sum(dim=-1)).sum()
 
 
+def soft_cross_entropy_slope(
+    logits: Tensor, targets: Tensor, weight: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """The gradient of :func:`soft_cross_entropy` by the logits, ``[rows, classes]``."""
+    said = (logits / temperature).softmax(dim=-1) * targets.sum(dim=-1, keepdim=True)
+    return (said - targets) * (weight / temperature)[:, None]
+
+
 def logit_mae(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean absolute difference of row-centred logits; FedMD's digest step, arXiv 1910.03581.
 
@@ -106,3 +114,8 @@ def own_or_proxy(scores: Tensor, side: Tensor) -> Tensor:
             rows that do not count; 1/own and -1/proxy make the mean of each side.
     """
     return (side.abs() * F.softplus(-scores * side.sign())).sum()
+
+
+def own_or_proxy_slope(scores: Tensor, side: Tensor) -> Tensor:
+    """The gradient of :func:`own_or_proxy` by the scores, ``[rows]``."""
+    return -side * (-scores * side.sign()).sigmoid()

@@ -94,6 +94,26 @@ def test_a_head_without_a_gradient_gets_none():
     assert module.conv1.weight.grad is not None
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_a_network_is_taught_from_the_slopes_of_a_loss_as_by_a_graph(parts):
+    module, shape = built("lenet")
+    beside = nn.Linear(84, 1)
+    module.fc1.weight.requires_grad_(False)
+    program = program_of(module, beside)
+    inputs, incoming = torch.randn(6, *shape), torch.randn(6, 10)
+    program(inputs)[0].backward(incoming)
+    wanted = [weight.grad for weight in program.weights]
+    module.zero_grad()
+    for rows, slope in zip(inputs.chunk(parts), incoming.chunk(parts), strict=True):
+        program.teach(rows, lambda logits, score, slope=slope: [slope, None])
+    for weight, grad in zip(program.weights, wanted, strict=True):
+        assert (weight.grad is None) == (grad is None)
+        if grad is not None:
+            torch.testing.assert_close(weight.grad, grad, rtol=1e-4, atol=1e-5)
+    assert beside.weight.grad is None
+    assert module.fc1.weight.grad is None
+
+
 def changed(change):
     module = small()
     change(module)

@@ -462,8 +462,9 @@ def test_no_epochs_means_no_step_on_own_rows():
     np.testing.assert_array_equal(learner.predict(inputs), before)
 
 
+@pytest.mark.parametrize(("distil", "temperature"), [("inside", 1.0), ("phase", 2.0)])
 @pytest.mark.parametrize("familiarity", [False, True])
-def test_a_lenet_is_taught_by_hand_to_rounding(monkeypatch, familiarity):
+def test_a_lenet_is_taught_by_hand_to_rounding(monkeypatch, familiarity, distil, temperature):
     random = np.random.default_rng(0)
     images = random.normal(size=(40, 1, 28, 28)).astype(np.float32)
     rows, public = Rows(images[:25], random.integers(0, 3, 25)), images[25:]
@@ -480,7 +481,8 @@ def test_a_lenet_is_taught_by_hand_to_rounding(monkeypatch, familiarity):
         learner = student(
             partial(models.LeNet, 3),
             familiarity=familiarity,
-            distil="inside",
+            distil=distil,
+            temperature=temperature,
             batch_size=10,
             momentum=0.9,
             background=public,

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fedistill.errors import FedistillError
-from fedistill.losses import kl_divergence, logit_mae, own_or_proxy, soft_cross_entropy, soften
+from fedistill.losses import (
+    kl_divergence,
+    logit_mae,
+    own_or_proxy,
+    own_or_proxy_slope,
+    soft_cross_entropy,
+    soft_cross_entropy_slope,
+    soften,
+)
 
 TEMPERATURES = [1.0, 2.0, 4.0, 8.0]
 
@@ -58,6 +66,21 @@ def test_kl_is_never_negative_and_cross_entropy_never_below_the_entropy(seed, te
     assert kl_divergence(logits, targets, temperature) >= 0
     entropy = -(targets * targets.log()).sum(1).mean()
     assert mean_cross_entropy(logits, targets) >= entropy
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_slopes_are_the_gradients_of_their_losses(temperature):
+    logits, targets = tensors()
+    targets = targets * 0.999  # what a codec loses
+    weight = torch.arange(6, dtype=torch.float64)
+    torch.testing.assert_close(
+        soft_cross_entropy_slope(logits, targets, weight, temperature),
+        gradient(soft_cross_entropy, logits, targets, weight, temperature),
+    )
+    scores, side = 20 * logits[:, 0], torch.tensor([0.5, -0.5, 0.0, 1.0, -2.0, 0.25]).double()
+    torch.testing.assert_close(
+        own_or_proxy_slope(scores, side), gradient(own_or_proxy, scores, side)
+    )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
