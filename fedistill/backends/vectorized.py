@@ -36,8 +36,8 @@ class Vectorized:
     """Asks the sites in the order of the plan, a hundred at a time, and trains them side by side.
 
     A site that cannot be trained so (another model than Linear or MLP of
-    :mod:`fedistill.models`, private or bad clients, streams, tables) is asked alone, as the serial
-    backend asks it.
+    :mod:`fedistill.models`, or one of these that was changed, private or bad clients, streams,
+    tables) is asked alone, as the serial backend asks it.
 
     Args:
         sites: all of them.
@@ -255,7 +255,8 @@ def alone(site: Site, wanted: bool | None = None) -> str:
         return f"{reason}, and on a CPU mapping is slower"
     if wanted is False:
         return reason
-    return mapped.unmapped(student, torch.from_numpy(site.proxy.take(np.arange(1))))
+    example = site.proxy.take(np.arange(min(mapped.TRIED_ROWS, len(site.proxy))))
+    return mapped.unmapped(student, torch.from_numpy(example))
 
 
 def remarks(sites: Mapping[str, Site], wanted: bool | None = None) -> Iterator[str]:
