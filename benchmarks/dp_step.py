@@ -29,12 +29,12 @@ from torch.nn import functional as F
 
 from fedistill.distill.optimizer import Optimizer
 from fedistill.distill.recipe import Recipe
-from fedistill.models import CNN, MLP, LeNet, Linear, threads
+from fedistill.models import CNN, MLP, LeNet, Linear, layers_of, threads
 from fedistill.privacy import entropy
 from fedistill.privacy.by_gram import gram_engine
 from fedistill.privacy.clipping import Clipper, cross_entropy
 from fedistill.privacy.rowwise import factors_of
-from fedistill.privacy.stacked import Drawn, layers_of, noisy_gradients
+from fedistill.privacy.stacked import Drawn, noisy_gradients
 
 CLIENTS, CLIP, SIGMA, RATE, MOMENTUM = 5, 1.0, 1.0, 0.01, 0.9
 SECONDS = 0.15

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedistill.altered import altered
 from fedistill.errors import FedistillError, Problem, SettingsError
 from fedistill.pooling import MaxPool, convolve_and_pool
 
@@ -227,6 +228,33 @@ def threads(count: int) -> Iterator[None]:
 
 def _unfit(text: str) -> SettingsError:
     return SettingsError([Problem("model", text)])
+
+
+def layers_of(module: nn.Module, heard: object = None) -> list[nn.Linear] | None:
+    """The layers of a Linear or MLP, if it is just that and learns as a whole; else None.
+
+    Its function is then known: linear layers with biases on flattened rows, ReLU between them.
+
+    Args:
+        module: any.
+        heard: whose hooks do not count.
+    """
+    if type(module) is Linear:
+        layers: list[nn.Module] = [module.head]
+    elif type(module) is MLP and type(module.trunk) is nn.Sequential:
+        trunk = list(module.trunk)
+        layers = [*trunk[::2], module.head]
+        if not all(type(layer) is nn.ReLU for layer in trunk[1::2]):
+            return None
+    else:
+        return None
+    linear = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
+    held = [weight for layer in linear for weight in (layer.weight, layer.bias)]
+    # A module names a weight of two layers but once.
+    if len(linear) < len(layers) or list(map(id, held)) != list(map(id, module.parameters())):
+        return None
+    plain = all(weight.requires_grad and weight.dtype == torch.float32 for weight in held)
+    return linear if plain and not any(altered(one, heard) for one in module.modules()) else None
 
 
 def parameter_count(module: nn.Module) -> int:

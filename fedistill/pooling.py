@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedistill.altered import altered
+
 LARGEST = 1e38
 """Below the largest float32: no sum that stays under it, in any order, becomes infinite."""
 
@@ -67,17 +69,11 @@ def _pool(blocked: Tensor) -> Tensor:
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
     """Whether PyTorch leaves it to oneDNN for any number of rows, and nobody listens in."""
-    hooks = (
-        convolution._forward_hooks,
-        convolution._forward_pre_hooks,
-        convolution._backward_hooks,
-        convolution._backward_pre_hooks,
-    )
     return (
         type(convolution) is nn.Conv2d
         and min(convolution.kernel_size) > 3
         and convolution.padding_mode == "zeros"
-        and not any(hooks)
+        and not altered(convolution)
     )
 
 

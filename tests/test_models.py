@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 
 from fedistill import catalog, models
+from fedistill.distill.trunk import Trunk
 from fedistill.errors import FedistillError
+from fedistill.models import layers_of
 
+INPUTS, CLASSES = 6, 3
 SHAPES = {"lenet": (1, 28, 28), "cnn": (3, 8, 8)}
 
 
@@ -70,3 +76,101 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(FedistillError, match='"cuda" is asked for, this machine has 0'):
             models.pick_device("cuda")
+
+
+# --- what is a stack ------------------------------------------------------------------------------
+
+
+def mlp():
+    return models.MLP(INPUTS, CLASSES, width=8)
+
+
+def no_bias():
+    module = mlp()
+    module.head = nn.Linear(8, CLASSES, bias=False)
+    return module
+
+
+def tied():
+    module = models.MLP(INPUTS, CLASSES, width=INPUTS, depth=2)
+    module.trunk[2].weight = module.trunk[0].weight
+    return module
+
+
+def frozen():
+    module = mlp()
+    module.trunk[0].weight.requires_grad_(False)
+    return module
+
+
+def heard():
+    module = mlp()
+    module.trunk.register_forward_hook(lambda layer, given, gave: 2 * gave)
+    return module
+
+
+def smoother():
+    module = mlp()
+    module.trunk[1] = nn.GELU()
+    return module
+
+
+def other_layer():
+    module = mlp()
+    module.head = nn.Sequential(nn.Linear(8, CLASSES))
+    return module
+
+
+def spare():
+    module = mlp()
+    module.scale = nn.Parameter(torch.ones(1))
+    return module
+
+
+def replaced():
+    module = mlp()
+    module.forward = lambda inputs: module.head(torch.tanh(module.trunk(inputs)))
+    return module
+
+
+class Child(models.MLP):
+    """Not plainly an MLP."""
+
+
+NO_STACKS = [
+    no_bias,
+    tied,
+    frozen,
+    heard,
+    smoother,
+    other_layer,
+    spare,
+    replaced,
+    lambda: mlp().double(),
+    partial(Child, INPUTS, CLASSES),
+    lambda: nn.Sequential(nn.Linear(INPUTS, CLASSES)),
+]
+
+
+@pytest.mark.parametrize("build", NO_STACKS)
+def test_modules_that_are_no_plain_stack(build):
+    assert layers_of(build()) is None
+
+
+@pytest.mark.parametrize(
+    "build",
+    [partial(models.Linear, INPUTS, CLASSES), partial(models.MLP, INPUTS, CLASSES, depth=2)],
+)
+def test_stacks(build):
+    module = build()
+    held = [weight for layer in layers_of(module) for weight in (layer.weight, layer.bias)]
+    assert all(one is other for one, other in zip(held, module.parameters(), strict=True))
+
+
+def test_hooks_of_one_listener_do_not_change_a_stack():
+    module = mlp()
+    trunk = Trunk(module)
+    assert layers_of(module) is None
+    assert layers_of(module, trunk) is not None
+    module.head.register_forward_hook(lambda layer, given, gave: 2 * gave)
+    assert layers_of(module, trunk) is None

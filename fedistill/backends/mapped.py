@@ -21,16 +21,21 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
+from fedistill.altered import altered
+from fedistill.backends.built import built_of
 from fedistill.distill.batches import Batch
 from fedistill.distill.optimizer import BETAS, EPSILON, falling
 from fedistill.distill.recipe import Recipe
-from fedistill.distill.torch_student import PREDICT_ROWS, Lesson, TorchStudent
+from fedistill.distill.torch_student import PREDICT_ROWS, Lesson, TorchStudent, seeded
 from fedistill.losses import own_or_proxy, soft_cross_entropy
 from fedistill.losses.soft_targets import SMALLEST
 from fedistill.select import Answers
 
 LARGEST_BLOCK = 100
 """Students side by side."""
+
+TRIED_ROWS = 4
+"""Rows of a trial whether a student can be mapped."""
 
 Weights = dict[str, Tensor]
 
@@ -41,9 +46,12 @@ Weights = dict[str, Tensor]
 def unmapped(student: TorchStudent, example: Tensor) -> str:
     """Why a student cannot be mapped, in words that end a sentence; empty where it can be.
 
+    One that mixes the rows of a batch is refused even where all batches happen to have equal
+    lengths: what a student computes must not depend on who trains beside it.
+
     Args:
         student: any.
-        example: rows as it gets them, ``[rows, ...]``; they are forgotten.
+        example: rows as it gets them, ``[rows, ...]``, as many as are tried; they are forgotten.
     """
     if type(student) is not TorchStudent:
         return f"{type(student).__name__} is no plain student"
@@ -56,9 +64,15 @@ def unmapped(student: TorchStudent, example: Tensor) -> str:
         return "it has buffers"
     if student.guided or not all(weight.requires_grad for weight in student._net.parameters()):
         return "it trains by a table, or not all of its weights"
-    kind = type(student.module), repr(student._net), example.shape[1:], student.device
+    for layer in student._net.modules():
+        if altered(layer, student.trunk):
+            return f"{type(layer).__name__} has hooks, or a forward put on it"
+    built = built_of(student.module)
+    if isinstance(built, str):
+        return built
+    kind = built, student.scored, example.shape[1:], student.device
     if kind not in _TRIED:
-        _TRIED[kind] = _tried(student, example[:2].to(student.device))
+        _TRIED[kind] = _tried(student, example.to(student.device))
     return _TRIED[kind]
 
 
@@ -66,27 +80,68 @@ _TRIED: dict[tuple[object, ...], str] = {}
 """What was found of a kind of module."""
 
 
-def _tried(student: TorchStudent, rows: Tensor) -> str:
-    """Why torch refuses to map it, in torch's words."""
-    stacked = {name: value.expand(2, *value.shape) for name, value in _weights(student).items()}
+def _tried(student: TorchStudent, example: Tensor) -> str:
+    """Why it cannot be mapped, from a trial: two students, the second with half of the rows."""
+    net, before = student._net, built_of(student.module)
+    rows = example[torch.arange(TRIED_ROWS, device=example.device) % len(example)]
+    counts = TRIED_ROWS, TRIED_ROWS // 2
+    weights, present = [_shaken(student, seed) for seed in (1, 2)], rows.new_ones(2, len(rows))
+    present[1, counts[1] :] = 0.0
+    filled = torch.stack([rows, rows])
+    filled[1, counts[1] :] = float(not rows.any())  # what equals the rows might go unnoticed
 
-    def loss(weights: Weights) -> Tensor:
-        return _said(student, weights, rows).sum()
+    def loss(weights: Weights, rows: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        said = _said(student, weights, rows)
+        return (said.logsumexp(1) * present).sum(), said
 
+    step = grad(loss, has_aux=True)
+    training, enabled = net.training, torch.backends.cudnn.enabled
     try:
-        vmap(grad(loss))(stacked)
+        # Draws here must not move others; what is compared must not be blurred by TF32.
+        with seeded(0), torch.backends.cudnn.flags(enabled=enabled, allow_tf32=False):
+            for mode in (True, False):
+                net.train(mode)
+                grads, said = vmap(step)(_stacked(weights), filled, present)
+                for place, (own, count) in enumerate(zip(weights, counts, strict=True)):
+                    alone = step(own, rows[:count], present[place, :count])
+                    if not _alike(step(own, filled[place], present[place]), alone):
+                        return "it mixes the rows of a batch, which are filled up when mapped"
+                    mapped = {name: value[place] for name, value in grads.items()}, said[place]
+                    if not _alike(mapped, alone):
+                        return "torch.func maps it to other values than it has alone"
     except RuntimeError as refusal:
         return "torch.func cannot map it: " + str(refusal).split(".")[0].split("\n")[0]
-    return ""
+    finally:
+        net.train(training)
+    return "" if built_of(student.module) == before else "it changes as it computes"
+
+
+def _shaken(student: TorchStudent, seed: int) -> Weights:
+    """Its weights, each moved a little: zeros would hide what they are multiplied with."""
+    random, moved = torch.Generator().manual_seed(seed), {}
+    for name, value in _weights(student).items():
+        noise = torch.randn(value.shape, generator=random).to(value)
+        moved[name] = value + (0.1 * value.abs() + 0.01) * noise
+    return moved
+
+
+def _alike(found: tuple[Weights, Tensor], wanted: tuple[Weights, Tensor]) -> bool:
+    """Whether gradients, and what is said of the rows wanted, are the same but for rounding."""
+    count = len(wanted[1])
+    pairs = [(found[1][:count], wanted[1])]
+    # All at once: the true gradient of a bias before a normalisation is 0, and rounding is not.
+    grads = [torch.cat([value.flatten() for value in one[0].values()]) for one in (found, wanted)]
+    pairs.append((grads[0], grads[1]))
+    return all(bool((one - other).norm() <= 1e-3 * other.norm() + 1e-6) for one, other in pairs)
 
 
 def kind_of(student: TorchStudent, lessons: Sequence[Lesson]) -> tuple[object, ...]:
     """What students must have in common to be mapped together."""
-    weights = tuple((name, tuple(value.shape)) for name, value in _weights(student).items())
+    weights = tuple((n, tuple(value.shape), value.dtype) for n, value in _weights(student).items())
     parts = tuple(
         (one.own, 0 if one.own else len(one.batches), one.offset is not None) for one in lessons
     )
-    built = type(student.module), repr(student.module)
+    built = built_of(student.module)
     return built, student.recipe, student.classes, student.scored, student.device, weights, parts
 
 

@@ -33,7 +33,7 @@ from fedistill.backends.tuning import PREDICT_ROWS, Shape
 from fedistill.distill.optimizer import falling
 from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import Lesson, TorchStudent
-from fedistill.models import MLP, Linear
+from fedistill.models import MLP, Linear, layers_of
 from fedistill.privacy.dpsgd import PrivateLesson, PrivateStudent
 from fedistill.select import Answers
 
@@ -50,6 +50,8 @@ def unfit(learner: object) -> str:
         return f"{recipe.optimizer} takes fewer steps for its familiarity than for the rest"
     if learner.guided or not all(weight.requires_grad for weight in module.parameters()):
         return "it trains by a table, or not all of its weights"
+    if layers_of(module, learner.trunk) is None:
+        return f"its {type(module).__name__} was changed after it was built, or has hooks"
     if isinstance(learner, PrivateStudent) and not learner.by_hand:
         return "its noisy steps are of users, on a GPU, audited or by a loss of its own"
     return ""

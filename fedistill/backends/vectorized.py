@@ -38,11 +38,11 @@ WINDOW = 100
 class Vectorized:
     """Asks the sites in the order of the plan, a hundred at a time, and trains them side by side.
 
-    A site that cannot be trained so (another model than Linear or MLP of
-    :mod:`fedistill.models`, bad clients, streams, tables) is asked alone, as the serial backend
-    asks it. So is a private one, unless its noisy steps can be taken by hand: its privacy is of
-    records, and its own rows are learned by DP-SGD with cross-entropy. All of a hundred have paid
-    before any of them trains; nothing else differs for one of them.
+    A site that cannot be trained so (another model than Linear or MLP of :mod:`fedistill.models`,
+    or one of these that was changed, bad clients, streams, tables) is asked alone, as the serial
+    backend asks it. So is a private one, unless its noisy steps can be taken by hand: its privacy
+    is of records, and its own rows are learned by DP-SGD with cross-entropy. All of a hundred have
+    paid before any of them trains; nothing else differs for one of them.
 
     Args:
         sites: all of them.
@@ -271,7 +271,8 @@ def alone(site: Site, wanted: bool | None = None) -> str:
         return f"{reason}, and on a CPU mapping is slower"
     if wanted is False:
         return reason
-    return mapped.unmapped(student, torch.from_numpy(site.proxy.take(np.arange(1))))
+    example = site.proxy.take(np.arange(min(mapped.TRIED_ROWS, len(site.proxy))))
+    return mapped.unmapped(student, torch.from_numpy(example))
 
 
 def remarks(sites: Mapping[str, Site], wanted: bool | None = None) -> Iterator[str]:

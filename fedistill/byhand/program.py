@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fedistill.altered import altered
 from fedistill.byhand.layers import Convolved, Dense, Flat, Layer
 from fedistill.pooling import MaxPool
 
@@ -129,10 +131,11 @@ class _Node(torch.autograd.Function):
 def program_of(module: nn.Module, *beside: nn.Linear, heard: object = None) -> Program | None:
     """A module by hand; None unless it is a small convolutional network of layers known here.
 
-    Known are ``nn.Sequential`` and modules that tell their layers ``in_order``: convolutions of
-    stride 1 that are pooled, ReLU, flattening and linear layers, the last of which gives the
-    logits. Kernels are larger than 3x3: the smaller the kernel, the more zeros are multiplied, and
-    below that PyTorch's own are faster. A module with hooks is left to PyTorch.
+    Known are ``nn.Sequential`` and modules of a class that tells its layers by a method
+    ``in_order``, as :class:`fedistill.models.LeNet` does: convolutions of stride 1 that are pooled,
+    ReLU, flattening and linear layers, the last of which gives the logits. Kernels are larger than
+    3x3: the smaller the kernel, the more zeros are multiplied, and below that PyTorch's own are
+    faster. Left to PyTorch is what is altered, and a module with buffers, which no layer here has.
 
     Args:
         module: a classifier of images.
@@ -142,7 +145,9 @@ def program_of(module: nn.Module, *beside: nn.Linear, heard: object = None) -> P
     layers = list(_in_order(module))
     if not any(type(layer) is nn.Conv2d for layer in layers):
         return None
-    if any(_heard(layer, heard) for layer in (module, *module.modules(), *beside)):
+    if any(altered(layer, heard) for layer in (*module.modules(), *beside)):
+        return None
+    if next(module.buffers(), None) is not None:
         return None
     held = [*module.parameters(), *(weight for layer in beside for weight in layer.parameters())]
     if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in held):
@@ -160,24 +165,31 @@ def program_of(module: nn.Module, *beside: nn.Linear, heard: object = None) -> P
     return program if told == {id(weight) for weight in held} else None
 
 
-@runtime_checkable
-class InOrder(Protocol):
-    """A module that tells its layers: what it computes is what they do, one after another."""
-
-    def in_order(self) -> Sequence[nn.Module]: ...  # noqa: D102
-
-
 def _in_order(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of a module, one after another; the module itself where it does not tell."""
-    if type(module) is nn.Sequential:
-        told: Sequence[nn.Module] = list(module)
-    elif isinstance(module, InOrder):
-        told = module.in_order()
-    else:
-        told = ()
+    told = list(module) if type(module) is nn.Sequential else _told(module)
+    if told is None:
         yield module
-    for layer in told:
+    for layer in told or ():
         yield from _in_order(layer)
+
+
+def _told(module: nn.Module) -> Sequence[nn.Module] | None:
+    """What a module says ``in_order`` that it does; None where nothing, or where it may be untrue.
+
+    One class must have written both ``in_order`` and ``forward``: whoever writes but the latter
+    anew, in a class made from another, need not know that there is something to tell.
+    """
+    owner, author = (
+        next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
+        for name in ("in_order", "forward")
+    )
+    tell = None if owner is None or owner is not author else vars(owner)["in_order"]
+    # A method that has to be given something has but the name in common.
+    if not inspect.isfunction(tell) or len(inspect.signature(tell).parameters) != 1:
+        return None
+    told = tell(module)
+    return told if isinstance(told, list | tuple) else None
 
 
 def _read(layers: list[nn.Module]) -> Layer | None:
@@ -228,14 +240,3 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
         and padding[0] == padding[1] < high
         and high > 3
     )
-
-
-def _heard(layer: nn.Module, heard: object) -> bool:
-    """Whether someone listens to a layer, and expects it to run."""
-    hooks = (
-        *layer._forward_hooks.values(),
-        *layer._forward_pre_hooks.values(),
-        *layer._backward_hooks.values(),
-        *layer._backward_pre_hooks.values(),
-    )
-    return any(getattr(hook, "__self__", layer) is not heard for hook in hooks)

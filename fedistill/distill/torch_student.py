@@ -304,6 +304,11 @@ class TorchStudent:
         return self._scored is not None
 
     @property
+    def trunk(self) -> Trunk | None:
+        """What listens to its module for the familiarity; None where it learns none."""
+        return None if self._scored is None else self._scored._trunk
+
+    @property
     def guided(self) -> bool:
         """Whether it has a table to train by."""
         return self._guide is not None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from fedistill.models import layers_of
 from fedistill.privacy import gram, stacked
 from fedistill.privacy.gram import Measured, Sums
 from fedistill.privacy.rowwise import (
@@ -182,7 +183,7 @@ class ByHand:
     """An engine for stacks of linear layers, cross-entropy and nothing else: without autograd.
 
     Args:
-        module: one that has :func:`fedistill.privacy.stacked.layers_of`.
+        module: one that has :func:`fedistill.models.layers_of`.
         clip: largest norm of a row's gradient.
     """
 
@@ -192,7 +193,7 @@ class ByHand:
 
     def open(self) -> None:
         """See that it is still such a stack."""
-        layers = stacked.layers_of(self.module)
+        layers = layers_of(self.module)
         if layers is None:
             raise Unsuited
         self._layers = layers
@@ -227,6 +228,6 @@ class ByHand:
 
 def gram_engine(module: nn.Module, loss: RowLoss, clip: float) -> ByGram | ByHand:
     """The faster one of those that are right."""
-    if loss is cross_entropy and stacked.layers_of(module) is not None:
+    if loss is cross_entropy and layers_of(module) is not None:
         return ByHand(module, clip)
     return ByGram(module, loss, clip)

@@ -21,6 +21,7 @@ from fedistill.distill.recipe import Recipe
 from fedistill.distill.torch_student import Lesson, TorchStudent
 from fedistill.errors import FedistillError
 from fedistill.losses import soft_cross_entropy
+from fedistill.models import layers_of
 from fedistill.privacy import entropy
 from fedistill.privacy.clipping import Clipper, Part, RowLoss, Take, clipping_mode, cross_entropy
 from fedistill.privacy.events import Sampled, Spending
@@ -29,7 +30,6 @@ from fedistill.privacy.layers import built_in, fingerprint, hold_still, private_
 from fedistill.privacy.learner import Quote
 from fedistill.privacy.remembered import PrivateMemory
 from fedistill.privacy.sampling import Units, poisson, units_of
-from fedistill.privacy.stacked import layers_of
 from fedistill.privacy.terms import settled
 from fedistill.settings import PrivacySettings
 from fedistill.types import FloatArray, IntArray, Rows, State

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from fedistill.altered import altered
 from fedistill.privacy.rowwise import Unsuited
 
 _weight_gradient: Callable[..., Tensor] = conv2d_weight
@@ -64,17 +65,6 @@ def known(layer: nn.Module) -> bool:
         and _PLAIN.get(type(layer), lambda layer: True)(layer)
         and not altered(layer)
     )
-
-
-def altered(layer: nn.Module) -> bool:
-    """Whether more happens in a layer than its class says."""
-    listeners = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-    )
-    return any(listeners) or "forward" in vars(layer)
 
 
 def measure(layer: nn.Module, seen: Tensor, delta: Tensor) -> Measured:

@@ -14,30 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fedistill.errors import RunError
-from fedistill.models import MLP, Linear
-from fedistill.privacy.gram import altered, squared_lengths
+from fedistill.privacy.gram import squared_lengths
 from fedistill.privacy.rowwise import BROKEN_WEIGHTS, factors_of, is_finite
-
-
-def layers_of(module: nn.Module) -> list[nn.Linear] | None:
-    """The layers of a Linear or MLP of this package, if it is just that and learns as a whole."""
-    if type(module) is Linear:
-        layers: list[nn.Module] = [module.head]
-    elif type(module) is MLP and type(module.trunk) is nn.Sequential:
-        trunk = list(module.trunk)
-        layers = [*trunk[::2], module.head]
-        if not all(type(layer) is nn.ReLU for layer in trunk[1::2]):
-            return None
-    else:
-        return None
-    linear = [layer for layer in layers if type(layer) is nn.Linear and layer.bias is not None]
-    held = [weight for layer in linear for weight in (layer.weight, layer.bias)]
-    # A module names a weight of two layers but once.
-    if len(linear) < len(layers) or list(map(id, held)) != list(map(id, module.parameters())):
-        return None
-    plain = all(weight.requires_grad and weight.dtype == torch.float32 for weight in held)
-    return linear if plain and not any(map(altered, module.modules())) else None
-
 
 # --- one pass ------------------------------------------------------------------------------------
 

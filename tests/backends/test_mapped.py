@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from fedistill import models
-from fedistill.backends.mapped import LARGEST_BLOCK, blocks, gain, unmapped
+from fedistill.backends.mapped import LARGEST_BLOCK, blocks, gain, kind_of, unmapped
 from fedistill.backends.serial import Serial
 from fedistill.backends.vectorized import Vectorized
 from fedistill.client import Client
@@ -22,6 +23,7 @@ from fedistill.presets import method
 from fedistill.types import ProxySet, Rows
 
 SHAPE = (2, 8, 8)
+EXACT = dataclasses.replace(method("ds-fl"), codec="float32")
 
 
 def images(rows, seed):
@@ -48,9 +50,11 @@ class Wide(nn.Module):
 
 
 def after(backend, build, recipe, chosen, rounds):
+    """A federation after some rounds; of several factories the clients have one each in turn."""
+    builds = build if isinstance(build, list) else [build]
     clients = [
-        Client(f"site-{k}", build, images(0 if k == 2 else 20 - 4 * k, k), training=recipe)
-        for k in range(4)
+        Client(f"site-{k}", made, images(0 if k == 2 else 20 - 4 * k, k), training=recipe)
+        for k, made in zip(range(4), itertools.cycle(builds), strict=False)
     ]
     from fedistill.federation import Federation
 
@@ -126,6 +130,51 @@ def drawn(layer):
     return nn.Sequential(nn.Flatten(), nn.Linear(128, 4), layer, nn.Linear(4, 3))
 
 
+class Around(Wide):
+    """Does something more than ``Wide``, and its ``repr`` is silent about it."""
+
+    def __init__(self, before=lambda made, x: x, after=lambda made, x: x, **attributes):
+        super().__init__()
+        type(self).before, type(self).after = before, after
+        vars(self).update(attributes)
+
+    def forward(self, inputs):
+        return self.after(super().forward(self.before(inputs)))
+
+
+def around(**settings):
+    return type("Around", (Around,), {})(**settings)
+
+
+def listening():
+    made = Wide()
+    made.first.register_forward_hook(lambda layer, given, gave: 2 * gave)
+    return made
+
+
+def patched():
+    made = Wide()
+    made.head.forward = torch.tanh
+    return made
+
+
+def count(made, inputs):
+    made.calls += 1
+    return inputs
+
+
+def mean_removed(made, inputs):
+    return inputs - inputs.mean(0, keepdim=True)
+
+
+def dropped(made, inputs):
+    return nn.functional.dropout(inputs, 0.5, made.training)
+
+
+def otherwise_mapped(made, inputs):
+    return inputs * (2 if torch._C._functorch.maybe_current_level() == 2 else 1)
+
+
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
@@ -134,13 +183,76 @@ def drawn(layer):
         (partial(drawn, nn.Dropout(0.5)), "Dropout would draw"),
         (partial(drawn, nn.BatchNorm1d(4)), "BatchNorm1d keeps statistics"),
         (Branching, "torch.func cannot map it: vmap"),
+        (partial(around, after=dropped), "torch.func cannot map it: vmap: called random"),
+        (partial(around, before=mean_removed), "it mixes the rows of a batch"),
+        (partial(around, after=mean_removed), "it mixes the rows of a batch"),
+        (partial(around, before=otherwise_mapped), "torch.func maps it to other values"),
+        (partial(around, after=count, calls=0), "it changes as it computes"),
+        (partial(around, scale=torch.ones(1)), "Around keeps a Tensor as scale"),
+        (listening, "Linear has hooks"),
+        (patched, "Linear has hooks, or a forward"),
+        (partial(around, scale=2.0), ""),
     ],
-    ids=["plain", "no dropout", "dropout", "batch norm", "branching"],
+    ids=[
+        "plain",
+        "no dropout",
+        "dropout",
+        "batch norm",
+        "branching",
+        "dropout by function",
+        "mixed inputs",
+        "mixed logits",
+        "other when mapped",
+        "counting",
+        "tensor",
+        "hook",
+        "forward of its own",
+        "number",
+    ],
 )
 def test_what_cannot_be_mapped_says_why(build, reason):
     learner = TorchStudent(build, Recipe(), classes=3, seed=1)
+    learner.module.eval()  # as every student is between its lessons
     found = unmapped(learner, torch.from_numpy(images(3, 0).inputs))
     assert found.startswith(reason) if reason else not found
+
+
+def test_rows_that_are_blank_hide_no_mixing():
+    learner = TorchStudent(partial(around, before=mean_removed), Recipe(), classes=3, seed=1)
+    assert unmapped(learner, torch.zeros(1, *SHAPE)).startswith("it mixes the rows")
+
+
+def test_a_trial_leaves_no_trace():
+    learner = TorchStudent(partial(around, after=dropped), Recipe(), classes=3, seed=1)
+    learner.module.eval()
+    before, draws = learner.state_dict(), torch.get_rng_state()
+    assert unmapped(learner, torch.from_numpy(images(3, 0).inputs))
+    assert not learner.module.training
+    assert torch.equal(torch.get_rng_state(), draws)
+    for name, value in learner.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
+class Times(Wide):
+    """Has a factor that its ``repr`` does not tell."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, inputs):
+        return super().forward(inputs) * self.factor
+
+
+def test_modules_that_differ_in_an_attribute_alone_are_mapped_apart():
+    builds = [partial(Times, 1.0), partial(Times, 2.0)]
+    compare(builds, Recipe(epochs=1, batch_size=8), EXACT)
+
+
+def test_values_of_another_precision_are_of_another_kind():
+    builds = Wide, lambda: Wide().double()
+    one, two = (TorchStudent(build, Recipe(), classes=3, seed=1) for build in builds)
+    assert kind_of(one, []) != kind_of(two, [])
 
 
 def test_what_cannot_be_mapped_is_asked_alone():

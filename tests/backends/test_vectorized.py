@@ -202,6 +202,36 @@ class Own(nn.Module):
         return self.head(self.norm(inputs))
 
 
+def with_tanh():
+    made = MLP()
+    made.trunk[1] = nn.Tanh()
+    return made
+
+
+def doubled():
+    made = MLP()
+    made.trunk.register_forward_hook(lambda layer, given, gave: 2 * gave)
+    return made
+
+
+def replaced():
+    made = MLP()
+    made.forward = lambda inputs: made.head(made.trunk(inputs)) * 2
+    return made
+
+
+@pytest.mark.parametrize("build", [with_tanh, doubled, replaced])
+def test_what_was_changed_after_it_was_built_is_asked_alone_to_the_same_bytes(build):
+    clients = people(3, build, Recipe(epochs=1, batch_size=8))
+    chosen = dataclasses.replace(method("fedistill"), codec="float32", cache=False)
+    serial, _ = after(Serial, clients, chosen, 2)
+    fast, _ = after(Vectorized, clients, chosen, 2)
+    (note,) = [note for note in fast.notes if "trained alone" in note]
+    assert "its MLP was changed after it was built, or has hooks" in note
+    for name, site in serial.sites.items():
+        np.testing.assert_array_equal(fast.sites[name].targets, site.targets)
+
+
 def test_what_has_no_kernel_is_asked_alone_to_the_same_bytes_and_the_run_says_so():
     recipe = Recipe(epochs=1, batch_size=8)
     clients = [

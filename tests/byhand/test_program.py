@@ -120,6 +120,62 @@ def changed(change):
     return module
 
 
+class Doubled(LeNet):
+    """What LeNet tells is no longer what is computed."""
+
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Doubling:
+    def forward(self, inputs):
+        return 2 * super().forward(inputs)
+
+
+class Mixed(Doubling, LeNet):
+    """The same, by a class beside it."""
+
+
+class Told(LeNet):
+    """Tells of a forward that another class wrote."""
+
+    def in_order(self):
+        told = super().in_order()
+        return [*told[:-2], told[-1]]
+
+
+class Node(nn.Module):
+    """Has a method of that name for something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small()
+
+    def forward(self, inputs):
+        return self.body(inputs)
+
+    def in_order(self, node):
+        return [*self.in_order(node.left), node]
+
+
+class Numbers(Node):
+    """Has one that gives no layers."""
+
+    def forward(self, inputs):
+        return 2 * self.body(inputs)
+
+    def in_order(self):
+        return iter([1, 2])
+
+
+class Heir(LeNet):
+    """Computes what LeNet computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.note = "nothing else"
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -135,11 +191,34 @@ def changed(change):
         changed(lambda made: made[2].register_forward_hook(lambda *_: None)),
         changed(lambda made: nn.utils.parametrizations.weight_norm(made[2])),
         changed(lambda made: made.register_parameter("idle", nn.Parameter(torch.zeros(1)))),
+        changed(lambda made: made.register_buffer("mean", torch.ones(1))),
+        changed(lambda made: setattr(made, "forward", torch.tanh)),
+        changed(lambda made: setattr(made[2], "forward", torch.tanh)),
+        changed(lambda made: setattr(made[3], "forward", torch.tanh)),
+        Doubled(),
+        Mixed(),
+        Told(),
+        Node(),
+        Numbers(),
     ],
     ids=lambda module: type(module).__name__,
 )
 def test_other_modules_are_left_to_pytorch(module):
     assert program_of(module) is None
+
+
+def test_whoever_takes_both_from_one_class_is_known():
+    assert program_of(Heir()) is not None
+
+
+def test_hooks_of_all_modules_count():
+    module, _ = built("lenet")
+    hook = nn.modules.module.register_module_forward_hook(lambda layer, given, gave: 2 * gave)
+    try:
+        assert program_of(module) is None
+    finally:
+        hook.remove()
+    assert program_of(module) is not None
 
 
 def test_rows_that_do_not_fit_are_left_to_pytorch():

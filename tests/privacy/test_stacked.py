@@ -11,8 +11,9 @@ from torch import nn
 
 from fedistill import models
 from fedistill.errors import RunError
+from fedistill.models import layers_of
 from fedistill.privacy.clipping import Clipper
-from fedistill.privacy.stacked import Drawn, layers_of, noisy_gradients, through
+from fedistill.privacy.stacked import Drawn, noisy_gradients, through
 
 INPUTS, CLASSES, CLIP = 6, 3, 0.4
 COUNTS = [5, 0, 1, 9]
@@ -182,89 +183,3 @@ def test_outputs_and_gradients_are_those_of_autograd():
     sums = [torch.zeros_like(weight, requires_grad=False)[None] for weight in module.parameters()]
     found.add_to(sums, torch.ones(1, len(ROWS[3])))
     assert_close([tensor[0] for tensor in sums], wanted)
-
-
-# --- what is a stack ------------------------------------------------------------------------------
-
-
-def mlp():
-    return models.MLP(INPUTS, CLASSES, width=8)
-
-
-def no_bias():
-    module = mlp()
-    module.head = nn.Linear(8, CLASSES, bias=False)
-    return module
-
-
-def tied():
-    module = models.MLP(INPUTS, CLASSES, width=INPUTS, depth=2)
-    module.trunk[2].weight = module.trunk[0].weight
-    return module
-
-
-def frozen():
-    module = mlp()
-    module.trunk[0].weight.requires_grad_(False)
-    return module
-
-
-def heard():
-    module = mlp()
-    module.trunk.register_forward_hook(lambda layer, given, gave: 2 * gave)
-    return module
-
-
-def smoother():
-    module = mlp()
-    module.trunk[1] = nn.GELU()
-    return module
-
-
-def other_layer():
-    module = mlp()
-    module.head = nn.Sequential(nn.Linear(8, CLASSES))
-    return module
-
-
-def spare():
-    module = mlp()
-    module.scale = nn.Parameter(torch.ones(1))
-    return module
-
-
-def replaced():
-    module = mlp()
-    module.forward = lambda inputs: module.head(torch.tanh(module.trunk(inputs)))
-    return module
-
-
-class Child(models.MLP):
-    """Not plainly an MLP."""
-
-
-NO_STACKS = [
-    no_bias,
-    tied,
-    frozen,
-    heard,
-    smoother,
-    other_layer,
-    spare,
-    replaced,
-    lambda: mlp().double(),
-    partial(Child, INPUTS, CLASSES),
-    lambda: nn.Sequential(nn.Linear(INPUTS, CLASSES)),
-]
-
-
-@pytest.mark.parametrize("build", NO_STACKS)
-def test_modules_that_are_no_plain_stack(build):
-    assert layers_of(build()) is None
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_stacks(name):
-    module = MODULES[name]()
-    held = [weight for layer in layers_of(module) for weight in (layer.weight, layer.bias)]
-    assert all(one is other for one, other in zip(held, module.parameters(), strict=True))
