@@ -137,7 +137,8 @@ class Clipper:
                 other weights learn than at the start.
             RunError: the module's own weights are not finite.
         """
-        self._check_taught()
+        if not all(weight.requires_grad for weight in self._weights):
+            self._check_taught()
         noisy = self._robustly(self._noisy, drawn, take)
         if not is_finite(noisy):
             # Of weights everybody may know whether they are finite: noise is in them. How many rows

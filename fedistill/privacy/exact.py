@@ -9,35 +9,49 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from operator import attrgetter
+from typing import Any
 
 import torch
 
-OPERATIONS = attrgetter(
-    "cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"
+OPERATIONS = (
+    "cuda.matmul",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn.matmul",
+    "mkldnn.conv",
+    "mkldnn.rnn",
 )
+EXACT = ("ieee", "none")
+"""Full precision: as asked for, or since nothing else is set."""
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Multiply and convolve float32 as such within the block."""
-    if not _has_kinds():
+    if not kinds():
         with _by_older_settings():
             yield
         return
-    before = [(kind, kind.fp32_precision) for kind in OPERATIONS(torch.backends)]
+    before = [(kind, kind.fp32_precision) for kind in kinds()]
+    rounded = [(kind, precision) for kind, precision in before if precision not in EXACT]
     try:
-        for kind, _ in before:
+        for kind, _ in rounded:
             kind.fp32_precision = "ieee"
         yield
     finally:
-        for kind, precision in before:
+        for kind, precision in rounded:
             kind.fp32_precision = precision
 
 
-def _has_kinds() -> bool:
-    """From PyTorch 2.9 on."""
-    return hasattr(torch.backends, "fp32_precision")
+@cache
+def kinds() -> tuple[Any, ...]:
+    """What has a precision of its own; nothing before PyTorch 2.9."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return ()
+    found: tuple[Any, ...] = attrgetter(*OPERATIONS)(torch.backends)
+    return found
 
 
 @contextmanager

@@ -92,12 +92,12 @@ def altered(layer: nn.Module, hooks: int = 0) -> bool:
         or layer._forward_pre_hooks
         or layer._backward_hooks
         or layer._backward_pre_hooks
-        or not _REPLACED.isdisjoint(vars(layer))
+        or not vars(layer).keys().isdisjoint(_REPLACED)
         or any(_EVERYWHERE)
     )
 
 
-_REPLACED = {"forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl"}
+_REPLACED = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
 _EVERYWHERE = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
