@@ -111,7 +111,8 @@ class PrivateStudent(TorchStudent):
     def quote(self, rows: Rows, asked: IntArray) -> Quote:
         """What the next ``fit`` on these rows costs; predictions on any rows cost nothing more.
 
-        The loss is tried out here, before anything is spent, unless it and all layers are known.
+        The loss is tried out here, before anything is spent, unless it and the model are known
+        to keep rows apart, or were tried as they are now.
 
         Raises:
             FedistillError: the loss, or a layer, breaks the clipping of single rows.
