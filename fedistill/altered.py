@@ -9,6 +9,9 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+REPLACED = ("forward", "_conv_forward", "_call_impl", "_slow_forward", "_compiled_call_impl")
+"""What makes an instance another when it is put on it."""
+
 
 def altered(layer: nn.Module, heard: object = None) -> bool:
     """Whether more happens in a layer than its class says, be it for all modules at once.
@@ -17,7 +20,8 @@ def altered(layer: nn.Module, heard: object = None) -> bool:
         layer: it alone, without the layers in it.
         heard: whose hooks do not count.
     """
-    if "forward" in vars(layer) or _has_any_global_hook():  # type: ignore[no-untyped-call]
+    replaced = not vars(layer).keys().isdisjoint(REPLACED)
+    if replaced or _has_any_global_hook():  # type: ignore[no-untyped-call]
         return True
     hooks = (
         *layer._forward_hooks.values(),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from fedistill.altered import altered
 from fedistill.models import layers_of
 from fedistill.privacy import gram, stacked
 from fedistill.privacy.gram import Measured, Sums
@@ -119,7 +120,7 @@ class ByGram:
         self._uses.setdefault(layer, []).append(use)
 
     def _measure(self, part: Part) -> list[Measured]:
-        if part[2] is not None:
+        if part[2] is not None or any(altered(layer, self) for layer in self._handles):
             raise Unsuited
         uses: dict[nn.Module, list[Use]] = {}
         self._uses = uses
@@ -155,7 +156,8 @@ def _measured(layer: nn.Module, use: Use, delta: Tensor | None, losses: Tensor) 
         raise Unsuited
     if losses.dim() == 0 or not use.seen.shape[:1] == delta.shape[:1] == losses.shape:
         raise Unsuited
-    seen = use.seen if use.seen.dtype == torch.long else use.seen.to(delta.dtype)
+    seen = use.seen
+    seen = seen.to(delta.dtype) if seen.is_floating_point() else seen.long()
     return gram.measure(layer, seen, delta)
 
 
@@ -189,14 +191,10 @@ class ByHand:
 
     def __init__(self, module: nn.Module, clip: float) -> None:
         self.module, self.clip = module, clip
-        self._layers: list[nn.Linear] = []
 
     def open(self) -> None:
         """See that it is still such a stack."""
-        layers = layers_of(self.module)
-        if layers is None:
-            raise Unsuited
-        self._layers = layers
+        self._layers()
 
     def close(self) -> None:
         """Nothing listens."""
@@ -219,11 +217,18 @@ class ByHand:
 
     def _pass(self, part: Part) -> stacked.Pass:
         inputs, labels, owner = part
-        if owner is not None:
+        if owner is not None or torch.is_autocast_enabled(inputs.device.type):
             raise Unsuited
-        weights = [layer.weight.detach()[None] for layer in self._layers]
-        biases = [layer.bias.detach()[None] for layer in self._layers]
+        layers = self._layers()
+        weights = [layer.weight.detach()[None] for layer in layers]
+        biases = [layer.bias.detach()[None] for layer in layers]
         return stacked.through(weights, biases, inputs.flatten(1)[None], labels[None])
+
+    def _layers(self) -> list[nn.Linear]:
+        layers = layers_of(self.module)
+        if layers is None:
+            raise Unsuited
+        return layers
 
 
 def gram_engine(module: nn.Module, loss: RowLoss, clip: float) -> ByGram | ByHand:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedistill.errors import FedistillError
+from fedistill.privacy import gram
 from fedistill.privacy.quiet import import_opacus
 from fedistill.privacy.rowwise import Part, RowLoss, Unsuited, losses_of, taught
 
@@ -24,8 +25,8 @@ from fedistill.privacy.rowwise import Part, RowLoss, Unsuited, losses_of, taught
 def ghostly(module: nn.Module) -> bool:
     """Whether ghost clipping is right for all layers of a module.
 
-    It needs a norm sampler or a grad sampler for every layer that learns, and each weight in one
-    layer only.
+    It needs a norm sampler or a grad sampler for every layer that learns, each weight in one layer
+    only, and more than half precision: norms are measured otherwise than the sum is made.
     """
     import_opacus()
     from opacus.grad_sample import GradSampleModule
@@ -34,6 +35,8 @@ def ghostly(module: nn.Module) -> bool:
     owners: dict[int, int] = {}
     for layer in module.modules():
         own = [weight for weight in layer.parameters(recurse=False) if weight.requires_grad]
+        if not {weight.dtype for weight in own} <= set(gram.DTYPES):
+            return False
         for weight in own:
             owners[id(weight)] = owners.get(id(weight), 0) + 1
         known = type(layer) in GradSampleModule.GRAD_SAMPLERS
@@ -147,7 +150,7 @@ class ByOpacus:
     def _backward_twice(self, part: Part) -> None:
         """Norms from the first pass, the clipped sum from the second (Li et al., 2110.05679)."""
         losses = self._losses(part)
-        if losses.dim() == 0:
+        if losses.dim() == 0 or torch.is_autocast_enabled(losses.device.type):
             raise Unsuited
         for weight in taught(self.module):
             weight.__dict__.pop("_norm_sample", None)

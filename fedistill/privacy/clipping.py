@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedistill.errors import RunError
+from fedistill.errors import FedistillError, RunError
 from fedistill.privacy.by_gram import gram_engine, measurable
 from fedistill.privacy.by_opacus import ByOpacus, ghostly
+from fedistill.privacy.exact import exact_products
 from fedistill.privacy.rowwise import (
     BROKEN_WEIGHTS,
     Engine,
@@ -30,6 +31,8 @@ from fedistill.privacy.rowwise import Part as Part
 from fedistill.privacy.rowwise import RowLoss as RowLoss
 from fedistill.privacy.rowwise import cross_entropy as cross_entropy
 from fedistill.types import IntArray
+
+Found = TypeVar("Found")
 
 Take: TypeAlias = Callable[[IntArray], Part]
 """From numbers of units to their rows."""
@@ -67,7 +70,8 @@ class Clipper:
     A unit whose gradient is not finite adds nothing (fault 52): to skip the whole step for it, as
     is usual, would let one record decide whether the others count, and no noise covers that.
     Large steps run in parts that add up to the same, and smaller parts where memory runs out: the
-    draw, and so the cost, stay (fault 61).
+    draw, and so the cost, stay (fault 61). Products are those of float32 whatever a program has
+    set: norms of single rows and their sum must agree (:mod:`fedistill.privacy.exact`).
 
     A context: hooks are gone when it ends.
 
@@ -129,18 +133,22 @@ class Clipper:
             take: from some of these numbers to their rows.
 
         Raises:
-            FedistillError: a weight takes no part in the loss, or the loss is of a wrong shape.
+            FedistillError: a weight takes no part in the loss, the loss is of a wrong shape, or
+                other weights learn than at the start.
             RunError: the module's own weights are not finite.
         """
-        noisy = self._robustly(drawn, take)
+        if not all(weight.requires_grad for weight in self._weights):
+            self._check_taught()
+        noisy = self._robustly(self._noisy, drawn, take)
         if not is_finite(noisy):
             # Of weights everybody may know whether they are finite: noise is in them. How many rows
             # have no finite gradient is nobody's business, and a step without any is noise alone.
             if not all(bool(weight.isfinite().all()) for weight in self._weights):
                 raise RunError(BROKEN_WEIGHTS)
-            usable = drawn[self._usable(drawn, take)]
+            usable = drawn[self._robustly(self._usable, drawn, take)]
             self.unusable += len(drawn) - len(usable)
-            noisy = self._robustly(usable, take)
+            noisy = self._robustly(self._noisy, usable, take)
+        self._check_taught()
         for weight, gradient in zip(self._weights, noisy, strict=True):
             weight.grad = gradient
 
@@ -160,7 +168,8 @@ class Clipper:
             Unsuited: by another mode only.
         """
         sums = [torch.zeros_like(weight, requires_grad=False) for weight in self._weights]
-        self._engine.add(part, sums, 1.0)
+        with exact_products():
+            self._engine.add(part, sums, 1.0)
         return sums
 
     def close(self) -> None:
@@ -193,11 +202,23 @@ class Clipper:
         self._engine = self._made()
         self._engine.open()
 
-    def _robustly(self, drawn: IntArray, take: Take) -> list[Tensor]:
-        """A gradient of the same draw, whatever has to change for it to fit or to be right."""
+    def _check_taught(self) -> None:
+        """What is frozen or made to learn within a fit would go on without noise or clipping."""
+        now = taught(self.module)
+        if list(map(id, now)) != list(map(id, self._weights)):
+            raise FedistillError(
+                f"expected the {len(self._weights)} weights that learned at the start of this fit, "
+                f"found {len(now)} that learn, or others: freeze and replace weights between fits"
+            )
+
+    def _robustly(
+        self, run: Callable[[IntArray, Take], Found], drawn: IntArray, take: Take
+    ) -> Found:
+        """The same of the same draw, whatever has to change for it to fit or to be right."""
         while True:
             try:
-                return self._noisy(drawn, take)
+                with exact_products():
+                    return run(drawn, take)
             except torch.OutOfMemoryError:
                 if min(self.largest, len(drawn)) <= 1:
                     raise

@@ -26,7 +26,7 @@ from fedistill.privacy import entropy
 from fedistill.privacy.clipping import Clipper, Part, RowLoss, Take, clipping_mode, cross_entropy
 from fedistill.privacy.events import Sampled, Spending
 from fedistill.privacy.guard import check_loss, refuse
-from fedistill.privacy.layers import built_in, fingerprint, hold_still, private_module
+from fedistill.privacy.layers import anatomy, fingerprint, hold_still, private_module, row_by_row
 from fedistill.privacy.learner import Quote
 from fedistill.privacy.remembered import PrivateMemory
 from fedistill.privacy.sampling import Units, poisson, units_of
@@ -142,7 +142,8 @@ class PrivateStudent(TorchStudent):
         )
         self.privacy = settled(privacy, "dpsgd")
         self.loss = loss or cross_entropy
-        self._checked = loss is None and built_in(self.module)
+        self._plain = loss is None
+        self._tried: list[tuple[int, ...]] = []
         self._sigma: float | None = None
         self.listener: Callable[[nn.Module], None] | None = None
         self._mode = clipping_mode(self.module, privacy.unit, self.loss)
@@ -156,7 +157,8 @@ class PrivateStudent(TorchStudent):
     def quote(self, rows: Rows, asked: IntArray) -> Quote:
         """What the next ``fit`` on these rows costs; predictions on any rows cost nothing more.
 
-        The loss is tried out here, before anything is spent, unless it and all layers are known.
+        The loss is tried out here, before anything is spent, unless it and the model are known
+        to keep rows apart, or were tried as they are now.
 
         Raises:
             FedistillError: the loss, or a layer, breaks the clipping of single rows.
@@ -426,16 +428,17 @@ class PrivateStudent(TorchStudent):
         self._update_average(self._weights())
 
     def _check_buffers(self, before: list[tuple[str, int, int]]) -> None:
-        """Nothing but weights may learn from own rows: nothing else gets noise."""
+        """Nothing may learn from own rows but by noisy steps: nothing else gets noise."""
         changed = set(before) ^ set(fingerprint(self.module))
         if changed:
             raise FedistillError(
-                f"the module writes to its buffer {min(changed)[0]} while it trains, without "
-                "noise: statistics of private rows must not be kept; take that layer out"
+                f"the module writes to its own {min(changed)[0]} while it trains, without noise: "
+                "what private rows say must not be kept; take that layer out"
             )
 
     def _check_loss(self, rows: Rows) -> None:
-        if self._checked:
+        built = anatomy(self.module)
+        if built == self._tried or (self._plain and row_by_row(self.module)):
             return
         inputs = self._tensor(rows.inputs[:GUARD_ROWS])
         if self.background is not None and len(self.background) >= GUARD_ROWS:
@@ -443,7 +446,7 @@ class PrivateStudent(TorchStudent):
         labels = torch.arange(len(inputs), device=self.device) % self.classes
         name = getattr(self.loss, "__name__", type(self.loss).__name__)
         check_loss(self.module, self.loss, inputs, labels, name=name)
-        self._checked = True
+        self._tried = built
 
 
 def _labelled(rows: Rows) -> Rows:

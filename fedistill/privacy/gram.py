@@ -12,6 +12,7 @@ away, as in Bu et al., arXiv 2210.00038.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -35,10 +36,19 @@ KEPT_VALUES = 1 << 24
 """Of the gradients of single rows that are kept for the sum, of one layer: 64 MB."""
 
 ROUNDING = 2.0**-24
-"""What may be lost of a square in which terms cancel, of the square of their sizes' sum."""
+"""Of float32: a sum of n terms in any order is off by n times this, of the sum of their sizes."""
 
-TINY = 1e-37
-"""Added to a square: what float32 loses of smaller ones must not make a long gradient short."""
+TINY = 1e-32
+"""Added to a square: what float32 loses of smaller ones must not make a long gradient short.
+
+As much as a million products that are each set to zero below 1.2e-38.
+"""
+
+LONG = 1 << 14
+"""Values whose length is measured in double: added up in float32, a million lose 0.2 % of it."""
+
+DTYPES = (torch.float32, torch.float64)
+"""Of weights that can be measured: in half precision norms are off by more than a norm may be."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,14 @@ class Measured:
 def known(layer: nn.Module) -> bool:
     """Whether a layer's gradients can be measured here: a plain layer of a known kind."""
     learns = {
-        name for name, weight in layer.named_parameters(recurse=False) if weight.requires_grad
+        name: weight.dtype
+        for name, weight in layer.named_parameters(recurse=False)
+        if weight.requires_grad
     }
     return (
         type(layer) in KINDS
-        and learns <= {"weight", "bias"}
+        and learns.keys() <= {"weight", "bias"}
+        and set(learns.values()) <= set(DTYPES)
         and _PLAIN.get(type(layer), lambda layer: True)(layer)
         and not altered(layer)
     )
@@ -206,17 +219,20 @@ def _embedding(layer: Any, seen: Tensor, delta: Tensor) -> Measured:
         raise Unsuited
     rows, width = len(delta), delta.shape[-1]
     delta, seen = delta.reshape(rows, -1, width), seen.reshape(rows, -1)
+    places = delta.shape[1]
 
     def square(part: slice) -> Tensor:
-        same = seen[part, :, None] == seen[part, None, :]
-        return _gram(same.to(delta.dtype), delta[part], _length(delta[part]))
+        same = (seen[part, :, None] == seen[part, None, :]).to(delta.dtype)
+        lengths = _length(delta[part])
+        return _gram(
+            same, delta[part], _lost(torch.ones_like(lengths), lengths, width + 3 * places)
+        )
 
     def summed(factors: Tensor) -> Sums:
         scaled = (delta * factors[:, None, None]).flatten(0, 1)
         return {layer.weight: torch.zeros_like(layer.weight).index_add_(0, seen.flatten(), scaled)}
 
-    each = delta.shape[1] ** 2
-    return Measured(_in_chunks(rows, each, square, delta), summed)
+    return Measured(_in_chunks(rows, places**2, square, delta), summed)
 
 
 Kind: TypeAlias = Callable[[Any, Tensor, Tensor], Measured]
@@ -267,8 +283,8 @@ def _matrix(
 
         def square(part: slice) -> Tensor:
             seen, delta = factored(part)
-            lengths = _length(seen) * _length(delta)
-            found = _gram(torch.bmm(seen, seen.transpose(1, 2)), delta, lengths)
+            lost = _lost(_length(seen), _length(delta), inputs + outputs + 3 * places)
+            found = _gram(torch.bmm(seen, seen.transpose(1, 2)), delta, lost)
             return found.view(-1, groups).sum(1)
 
         each = groups * places * (inputs + 2 * places)
@@ -284,30 +300,53 @@ def _matrix(
 
         def square(part: slice) -> Tensor:
             seen, delta = factored(part)
-            lengths = (_length(seen) * _length(delta)).sum(1)
             found = torch.bmm(delta.transpose(1, 2), seen).square_().sum((1, 2))
-            return (found + lengths.square() * ROUNDING).view(-1, groups).sum(1)
+            return (found + _lost(_length(seen), _length(delta), places)).view(-1, groups).sum(1)
 
         each = values + groups * places * inputs
         squares = _in_chunks(rows, each, square, weight)
     return Measured(squares, lambda factors: {weight: product(factors)})
 
 
-def _gram(seen: Tensor, delta: Tensor, lengths: Tensor) -> Tensor:
+def _gram(seen: Tensor, delta: Tensor, lost: Tensor) -> Tensor:
     """Squared norms from the products of all positions, ``[rows]``.
-
-    Terms that cancel leave their rounding behind: a long gradient could pass for a short one, and
-    the product that makes the sum rounds as well. What may be lost is added: a norm grows by 1e-5
-    where a twentieth is left of what the positions have, and where nothing is left a row is clipped
-    as if it had some 1e-4 of that.
 
     Args:
         seen: products of what two positions saw, ``[rows, positions, positions]``.
         delta: ``[rows, positions, out]``.
-        lengths: norm of each position's gradient, ``[rows, positions]``.
+        lost: what rounding may have taken away, ``[rows]``.
     """
-    found: Tensor = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum((1, 2))
-    return found.clamp_min(0.0) + lengths.sum(1).square() * ROUNDING
+    found: Tensor = (seen * torch.bmm(delta, delta.transpose(1, 2))).sum(2).sum(1)
+    return found.clamp_min(0.0) + lost
+
+
+def _lost(seen: Tensor, delta: Tensor, terms: int) -> Tensor:
+    """What rounding may take from the squared norm of a sum over positions, ``[rows]``.
+
+    Terms that cancel leave their rounding behind, and small ones are absorbed by large ones: a long
+    gradient could pass for a short one. With ``S = sum over t of |d_t| |a_t|``, u = 2^-24 and L
+    positions: a dot product of n terms, in any order, is off by n u times the product of the two
+    lengths (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), so the products
+    ``a_t . a_u`` and ``d_t . d_u`` take (in + out) u S^2 from the square, and the sum over t and
+    then over u takes 2 L u S^2. The sum that is released rounds as well, by L u S: of a gradient g
+    at most ``|g| + L u S`` comes of it, whose square is at most ``(1 + L u) (|g|^2 + L u S^2)``.
+    With (in + out + 3 L) u S^2 added, no row adds more than (1 + L u / 2) C. Where the gradient
+    itself was formed, it and the sum are off by L u S each, and L u S^2 leaves (1 + 2 L u) C.
+    Where products are set to zero, ``a_t . a_u`` and ``d_t . d_u`` lose TINY each, hence the square
+    TINY times what the others add up to.
+
+    A norm grows by 1e-5 where a third is left of S with 40 terms in all; where nothing is left, a
+    row is clipped as if it had some 1e-3 of S.
+
+    Args:
+        seen: lengths of a, ``[rows, positions]``.
+        delta: lengths of d, ``[rows, positions]``.
+        terms: in + out + 3 L, or L where the gradient itself was formed.
+    """
+    rounded: Tensor = (seen * delta).sum(1).square() * (ROUNDING * terms)
+    least = math.sqrt(TINY)  # its square times theirs might be too large
+    sizes = (seen.sum(1) * least).square() + (delta.sum(1) * least).square()
+    return rounded + sizes + TINY * seen.shape[1] ** 2
 
 
 def _rows(weight: nn.Parameter, found: Tensor) -> Measured:
@@ -328,6 +367,9 @@ def _joined(parts: list[Measured]) -> Measured:
 
 def _length(values: Tensor) -> Tensor:
     """Along the last dimension."""
+    if values.shape[-1] > LONG:
+        exact: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float64)
+        return exact.to(values.dtype)
     found: Tensor = torch.linalg.vector_norm(values, dim=-1)
     return found
 

@@ -2,7 +2,7 @@
 
 What is clipped is what is taken for the gradient of a row. Where the loss of a row depends on other
 rows of the batch, that gradient is not the row's own, its norm bounds nothing, and no error tells:
-the noise is too small for what one record can do. Three tests look for it on a few rows. A pass
+the noise is too small for what one record can do. Four tests look for it on a few rows. A pass
 proves nothing; what they may miss is refused by name (:func:`refuse`).
 """
 
@@ -96,7 +96,8 @@ def check_loss(
     """Refuse a loss that lets one row move the sum of clipped gradients by more than ``clip``.
 
     On two draws of rows: the sum of clipped gradients with and without each row (hooks, no noise,
-    fixed weights, dropout off), and the loss of each row alone against its loss among the others.
+    fixed weights, dropout off), gradients of each row's loss by the numbers of the others, and the
+    loss of each row alone against its loss among the others.
 
     Args:
         build_or_module: what learns; its weights and gradients stay as they are.
@@ -119,6 +120,7 @@ def check_loss(
             chosen = generator("guard", count).permutation(len(inputs))[:count]
             rows = torch.from_numpy(chosen).to(inputs.device)
             _refuse_sensitive(module, wary, inputs[rows], labels[rows], name, clip)
+            _refuse_mixing(module, wary, inputs[rows], labels[rows], name)
             _refuse_dependent(module, wary, inputs[rows], labels[rows], name)
 
 
@@ -196,6 +198,32 @@ def _refuse_sensitive(
             f"{name} cannot be private: one row of {len(inputs)} moves the sum of clipped "
             f"gradients by {found:.4g} clipping norms, at most 1 is allowed; {WHY}"
         )
+
+
+def _refuse_mixing(
+    module: nn.Module, loss: RowLoss, inputs: Tensor, labels: Tensor, name: str
+) -> None:
+    """The gradient of a row's loss by other rows is 0: not small, but 0, where rows do not meet.
+
+    This finds what is weak at first and grows as weights learn. Numbers only: words have none.
+    """
+    if not inputs.is_floating_point():
+        return
+    given = inputs.clone().requires_grad_()
+    with seeded(0):
+        losses = loss(module, given.clone(), labels)
+    if losses.dim() == 0 or not losses.requires_grad:
+        return
+    for row, own in enumerate(losses):
+        (found,) = torch.autograd.grad(own, given, retain_graph=True, allow_unused=True)
+        if found is None:
+            return
+        found[row] = 0.0
+        if bool(found.any()):
+            raise FedistillError(
+                f"{name} cannot be private: the loss of a row changes with another one of "
+                f"{len(inputs)}; {WHY}"
+            )
 
 
 def _refuse_dependent(

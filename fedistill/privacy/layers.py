@@ -9,7 +9,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from fedistill import models
+from fedistill.altered import altered
 from fedistill.errors import FedistillError
+from fedistill.pooling import MaxPool
 from fedistill.privacy import gram
 from fedistill.privacy.quiet import import_opacus
 
@@ -18,6 +21,12 @@ GROUPS = 32
 
 CHANNELS = 4
 """Fewest channels of a group."""
+
+MODELS = (models.Linear, models.MLP, models.LeNet, models.CNN)
+"""Their own code treats each row by itself."""
+
+APART = (nn.Linear, nn.ReLU, nn.Conv2d, nn.GroupNorm, MaxPool, nn.Sequential)
+"""Layers within them: what is written there is all that they do."""
 
 KINDS = "GRU, LSTM, RNN and MultiheadAttention"
 
@@ -35,7 +44,8 @@ def private_module(build: Callable[[], nn.Module], notes: list[str]) -> nn.Modul
         notes: what was replaced is appended, in words for the user.
 
     Raises:
-        FedistillError: a layer that no replacement is known for.
+        FedistillError: a layer that no replacement is known for, or that writes what private rows
+            say into buffers or weights.
     """
     module = build()
     replaced: dict[str, list[str]] = {}
@@ -44,6 +54,11 @@ def private_module(build: Callable[[], nn.Module], notes: list[str]) -> nn.Modul
             if not _frozen(layer):
                 module = _put(module, name, _group_norm(layer))
                 replaced.setdefault("BatchNorm became GroupNorm", []).append(name)
+        elif isinstance(layer, nn.Embedding | nn.EmbeddingBag) and layer.max_norm is not None:
+            raise FedistillError(
+                f"layer {name or type(layer).__name__} shortens the vectors that private rows look "
+                "up, without noise: build it without max_norm"
+            )
         elif isinstance(layer, _InstanceNorm) and layer.track_running_stats:
             raise FedistillError(
                 f"layer {name or type(layer).__name__} keeps running statistics of private rows: "
@@ -67,14 +82,41 @@ def hold_still(module: nn.Module) -> None:
 
 
 def fingerprint(module: nn.Module) -> list[tuple[str, int, int]]:
-    """Which buffers a module has, and how often each was written to."""
-    return [(name, id(value), value._version) for name, value in module.named_buffers()]
+    """Which buffers and weights a module has, and how often each was written to."""
+    held = [*module.named_buffers(), *module.named_parameters()]
+    return [(name, id(value), value._version) for name, value in held]
 
 
-def built_in(module: nn.Module) -> bool:
-    """Whether all layers are PyTorch's, Opacus's or of this package: none compares rows."""
-    names = {type(layer).__module__.partition(".")[0] for layer in module.modules()}
-    return names <= {"torch", "opacus", "fedistill"}
+def row_by_row(module: nn.Module) -> bool:
+    """Whether a module is known to keep rows apart, so that no trial is needed.
+
+    A model of this package with the layers that it is built of, and nothing hung on any of them.
+    Of all others, those of PyTorch too, only a trial can tell: ``nn.Softmax(dim=0)`` and
+    ``nn.TransformerEncoderLayer`` without ``batch_first`` compare rows.
+    """
+    if type(module) not in MODELS:
+        return False
+    inside = [layer for layer in module.modules() if layer is not module]
+    known = all(type(layer) in APART for layer in inside)
+    return known and not any(map(altered, module.modules()))
+
+
+def anatomy(module: nn.Module) -> list[tuple[int, ...]]:
+    """Of what layers a module is, and what hangs on them; another one is to be tried anew."""
+    return [
+        (id(layer), id(type(layer)), id(vars(layer).get("forward")), *_hooks(layer))
+        for layer in module.modules()
+    ]
+
+
+def _hooks(layer: nn.Module) -> list[int]:
+    hung = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return [id(hook) for hooks in hung for hook in hooks.values()]
 
 
 def _frozen(layer: _BatchNorm) -> bool:

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from fedistill import models
 from fedistill.distill.recipe import Recipe
 from fedistill.errors import FedistillError
-from fedistill.privacy import by_gram, by_opacus, layers
+from fedistill.privacy import by_gram, by_opacus, exact, layers
 from fedistill.privacy.by_gram import measurable
 from fedistill.privacy.clipping import Clipper, clipping_mode, cross_entropy
 from fedistill.privacy.dpsgd import PrivateStudent
+from fedistill.privacy.exact import EXACT, exact_products
 from fedistill.privacy.rowwise import Unsuited, is_finite
 from fedistill.settings import PrivacySettings
 from fedistill.types import Rows
@@ -242,6 +243,107 @@ def test_where_it_is_used_otherwise_from_some_step_on():
         module.hidden = lambda inputs: F.linear(torch.relu(module.body(inputs)), module.body.weight)
         by.step(np.arange(6), take)
         assert by.mode == "hooks"
+
+
+@pytest.mark.parametrize("build", [Net, lambda: models.MLP(4, 3, width=5)])
+def test_a_layer_that_is_heard_from_some_step_on(build):
+    module = made(build)
+    with clipper(module) as by:
+        by.step(np.arange(6), take)
+        assert by.mode == "gram"
+        module.head.register_forward_hook(lambda layer, given, gave: 2 * gave)
+        by.step(np.arange(6), take)
+        assert by.mode == "hooks"
+
+
+@pytest.mark.parametrize("mode", ["gram", "ghost", "hooks"])
+@pytest.mark.parametrize("build", [Net, lambda: models.MLP(4, 3, width=5)])
+def test_weights_that_are_frozen_within_a_fit_are_an_error(build, mode):
+    module = made(build)
+    with clipper(module, mode) as by:
+        by.step(np.arange(6), take)
+        module.head.bias.requires_grad_(False)
+        with pytest.raises(FedistillError, match=r"4 weights that learned .* found 3 that learn"):
+            by.step(np.arange(6), take)
+
+
+class Waking(Net):
+    """It makes a frozen weight learn while it computes."""
+
+    def hidden(self, inputs):
+        self.body.bias.requires_grad_(True)
+        return super().hidden(inputs)
+
+
+def test_weights_that_wake_up_within_a_step_are_an_error():
+    module = made(Waking)
+    module.body.bias.requires_grad_(False)
+    with clipper(module) as by, pytest.raises(FedistillError, match="found 4 that learn"):
+        by.step(np.arange(6), take)
+
+
+class Words(nn.Module):
+    """Some hand indices over in 32 bits."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.words, self.head, self.dtype = nn.Embedding(9, 4), nn.Linear(4, 3), dtype
+
+    def forward(self, inputs):
+        return self.head(self.words(inputs.abs().to(self.dtype)).mean(1))
+
+
+def test_indices_of_32_bits():
+    found = []
+    for dtype in (torch.int32, torch.int64):
+        with clipper(made(partial(Words, dtype))) as by:
+            found.append(by.clipped_sum(take(np.arange(6))))
+            assert by.mode == "gram"
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["gram", "ghost"])
+@pytest.mark.parametrize("build", [Net, lambda: models.MLP(4, 3, width=5)])
+def test_norms_are_not_measured_in_half_precision(build, mode):
+    module = made(build)
+    with clipper(module, mode) as by, torch.autocast("cpu", dtype=torch.bfloat16):
+        by.step(np.arange(6), take)
+        assert by.mode == "hooks"
+    assert clipping_mode(module.to(torch.bfloat16), "record") == "hooks"
+
+
+@pytest.mark.parametrize("mode", ["gram", "ghost", "hooks"])
+def test_products_are_exact_whatever_a_program_has_set(mode):
+    """Not 8 bits of the factors, as of a GPU or of oneDNN, by which norm and sum disagree."""
+    seen = []
+
+    def watching(net, inputs, labels):
+        seen.extend(kind.fp32_precision for kind in exact.kinds())
+        return cross_entropy(net, inputs, labels)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        outside = [kind.fp32_precision for kind in exact.kinds()]
+        with clipper(made(Net), mode, watching) as by:
+            by.step(np.arange(6), take)
+            by.clipped_sum(take(np.arange(6)))
+        assert [kind.fp32_precision for kind in exact.kinds()] == outside
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(seen) == 2 * len(exact.kinds())
+    assert set(seen) <= set(EXACT)
+
+
+def test_older_settings_do_the_same(monkeypatch):
+    monkeypatch.setattr(exact, "kinds", tuple)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with exact_products():
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cudnn.allow_tf32
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
 def test_users_are_no_matter_of_rows():

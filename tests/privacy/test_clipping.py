@@ -269,6 +269,25 @@ def test_memory_running_out_changes_parts_and_nothing_else(mode, where):
     assert_close(gradients(module), found)
 
 
+@pytest.mark.parametrize("mode", ["gram", "hooks"])
+def test_memory_running_out_while_unusable_rows_are_looked_for(mode):
+    """The second pass of a step with such a row."""
+    module, inputs, passes = made(MODULES["mlp"][0]), X.clone(), []
+    inputs[1] = np.nan
+
+    def scarce(net, some, labels):
+        passes.append(len(some))
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError
+        return cross_entropy(net, some, labels)
+
+    with clipper(module, mode=mode, loss=scarce) as by:
+        by.step(np.arange(len(X)), taker(inputs))
+        assert by.unusable == 1
+    assert passes[1] == len(X) > passes[2]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients(module))
+
+
 def _out_of_memory(gradient):
     raise torch.OutOfMemoryError
 

@@ -458,6 +458,53 @@ def test_a_module_that_mixes_rows_is_refused():
         student(Centred).quote(ROWS, ASKED)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: nn.Sequential(nn.Linear(INPUTS, 8), nn.Softmax(dim=0), nn.Linear(8, 3)),
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (2, 2)),
+            nn.TransformerEncoderLayer(2, 1, 8, dropout=0.0),
+            nn.Flatten(),
+            nn.Linear(4, 3),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of attention, that rows may be nested
+def test_layers_of_pytorch_that_compare_rows_are_refused(build):
+    with pytest.raises(FedistillError, match="cannot be private"):
+        student(build).quote(ROWS, ASKED)
+
+
+def test_what_is_hung_on_a_model_is_tried_whenever_that_happens():
+    learner = student()
+    learner.quote(ROWS, ASKED)
+    learner.module.trunk.register_forward_hook(lambda layer, given, gave: gave - 5 * gave.mean(0))
+    with pytest.raises(FedistillError, match="cannot be private"):
+        learner.quote(ROWS, ASKED)
+
+
+class Shortening(nn.Module):
+    """It shortens the vectors that are looked up, in place."""
+
+    def __init__(self, learns):
+        super().__init__()
+        self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+        self.words.requires_grad_(learns)
+
+    def forward(self, inputs):
+        found = nn.functional.embedding(inputs.abs().long(), self.words.weight, max_norm=1e-3)
+        return self.head(found.mean(1))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "gram"])
+def test_weights_that_are_written_to_without_noise_are_refused(mode):
+    learner = student(partial(Shortening, learns=False), background=np.full((16, 1), 8.0))
+    learner._mode = mode
+    with pytest.raises(FedistillError, match=r"its own words\.weight .* without noise"):
+        fitted(learner)
+
+
 class Counting(nn.Module):
     """It keeps something of the rows, and no weight: no noise would reach that."""
 
@@ -473,7 +520,7 @@ class Counting(nn.Module):
 
 
 def test_statistics_of_own_rows_are_refused():
-    with pytest.raises(FedistillError, match="buffer seen"):
+    with pytest.raises(FedistillError, match="its own seen"):
         fitted(student(Counting))
 
 

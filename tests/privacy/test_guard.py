@@ -160,6 +160,21 @@ def test_the_verdict_does_not_hang_on_the_norm(module, clip):
         check_loss(module, two_forwards, *PRIVATE, clip=clip)
 
 
+def test_rows_that_hardly_meet_yet_are_found(module):
+    """The sum does not show it, nor does the loss; it will, as weights grow."""
+
+    def faint(net, inputs, labels):
+        return cross_entropy(net, inputs + 1e-5 * inputs.mean(0), labels)
+
+    assert sensitivity(module, faint, PRIVATE[0][:16], PRIVATE[1][:16]) < 1 + guard.SLACK
+    with pytest.raises(FedistillError, match="the loss of a row changes with another one of 16"):
+        check_loss(module, faint, *PRIVATE)
+
+
+def test_a_module_may_write_over_what_it_is_given(module):
+    check_loss(nn.Sequential(nn.ReLU(inplace=True), module), cross_entropy, *PRIVATE)
+
+
 def test_few_rows_are_made_more(module):
     check_loss(module, cross_entropy, PRIVATE[0][:2], PRIVATE[1][:2])
     with pytest.raises(FedistillError, match="cannot be private"):

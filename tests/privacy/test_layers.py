@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fedistill import models
 from fedistill.errors import FedistillError
-from fedistill.privacy.layers import built_in, hold_still, private_module
+from fedistill.privacy.layers import anatomy, hold_still, private_module, row_by_row
 
 
 class Attentive(nn.Module):
@@ -110,6 +111,97 @@ def test_equal_seeds_build_equal_modules():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_layers_of_ones_own_are_not_taken_on_trust():
-    assert built_in(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-    assert not built_in(Attentive())
+# --- what needs no trial --------------------------------------------------------------------------
+
+
+def mlp():
+    return models.MLP(4, 3, width=8)
+
+
+@pytest.mark.parametrize(
+    "build", [mlp, models.LeNet, lambda: models.CNN(1, 3), lambda: models.Linear(4, 3)]
+)
+def test_models_of_this_package_keep_rows_apart(build):
+    assert row_by_row(build())
+
+
+def patched():
+    module = mlp()
+    module.trunk.forward = lambda inputs: inputs - inputs.mean(0)
+    return module
+
+
+def hooked():
+    module = mlp()
+    module.trunk.register_forward_hook(lambda layer, given, gave: gave - gave.mean(0))
+    return module
+
+
+def parametrized():
+    module = mlp()
+    nn.utils.parametrizations.weight_norm(module.head)
+    return module
+
+
+def convolving():
+    module = models.LeNet()
+    module.conv1._conv_forward = lambda inputs, weight, bias: inputs.mean(0, keepdim=True)
+    return module
+
+
+def other_activation():
+    module = mlp()
+    module.trunk[1] = nn.Softmax(dim=0)
+    return module
+
+
+class Child(models.MLP):
+    """Not plainly an MLP."""
+
+
+UNKNOWN = [
+    Attentive,
+    patched,
+    hooked,
+    parametrized,
+    convolving,
+    other_activation,
+    lambda: Child(4, 3),
+    lambda: nn.Sequential(nn.Linear(2, 2), nn.ReLU()),
+    lambda: nn.TransformerEncoderLayer(4, 1),
+    lambda: torch.fx.symbolic_trace(mlp()),
+]
+
+
+@pytest.mark.parametrize("build", UNKNOWN)
+def test_others_are_not_taken_on_trust(build):
+    """Neither those of PyTorch: some of its layers compare rows."""
+    assert not row_by_row(build())
+
+
+def test_hooks_on_all_modules_are_seen():
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, given, gave: None)
+    try:
+        assert not row_by_row(mlp())
+    finally:
+        handle.remove()
+    assert row_by_row(mlp())
+
+
+def test_a_module_that_was_changed_is_another_one():
+    module = mlp()
+    before = anatomy(module)
+    assert anatomy(module) == before
+    handle = module.trunk[1].register_forward_hook(lambda layer, given, gave: None)
+    assert anatomy(module) != before
+    handle.remove()
+    assert anatomy(module) == before
+    module.trunk.forward = module.trunk.forward
+    assert anatomy(module) != before
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(9, 4, max_norm=1.0), nn.EmbeddingBag(9, 4, 1.0)])
+def test_an_embedding_that_shortens_what_is_looked_up_is_refused(layer):
+    for module in (layer, layer.requires_grad_(False)):
+        with pytest.raises(FedistillError, match=r"layer 0 shortens .* without max_norm"):
+            private_module(lambda module=module: nn.Sequential(module), [])
