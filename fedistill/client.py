@@ -89,6 +89,7 @@ class Site(Kept):
         self.alarm = False
         self.exhausted = False
         self.saved = None
+        self.touched = False
         self.path: Path | None = None
         self.runs: Path | None = None
         self.untaught: State = {}
@@ -182,6 +183,7 @@ class Site(Kept):
         if (plan.run, plan.round) == (self.run, self.round):
             return self._stored()
         self.agree(plan, measured)
+        self._touch()
         if (released := self._released(plan)) is not None:
             return released
         self.arrive(plan)

@@ -14,14 +14,14 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedistill import store
 from fedistill.client import Client, Site
-from fedistill.errors import CheckpointError
+from fedistill.errors import CheckpointError, DataError
 from fedistill.kept import state_path
 from fedistill.newcomer import observations
 from fedistill.privacy.account import Account
@@ -92,7 +92,7 @@ class Dormant(Mapping[str, Site]):
         folder: the run folder, or None.
         awake: how many sites are in memory, at least one.
         rest: where the states of the others are, as far as they are not in the folder.
-        begin: what is done with a site that is opened for the first time, or has never changed.
+        begin: what is done with a site that is opened for the first time, or was never touched.
     """
 
     def __init__(
@@ -113,7 +113,6 @@ class Dormant(Mapping[str, Site]):
         self._begin = begin
         self._awake: OrderedDict[str, Site] = OrderedDict()
         self._asleep: dict[str, Asleep] = {}
-        self._new: dict[str, dict[str, Any]] = {}
 
     def __getitem__(self, name: str) -> Site:
         """The site of a client, awake."""
@@ -152,9 +151,29 @@ class Dormant(Mapping[str, Site]):
         """How a site stands, without waking it."""
         return self._awake.get(name) or self._asleep.get(name, UNTOUCHED)
 
-    def resting_place(self, name: str) -> Path | None:
-        """The file that holds all of a sleeping site's state; None: none does."""
-        return self._asleep.get(name, UNTOUCHED).path
+    def untouched(self, name: str) -> bool:
+        """Whether a site, if it was opened at all, is as its client and the seed make it."""
+        if name in self._awake:
+            return not self._awake[name].touched
+        return name not in self._asleep
+
+    def rests_in(self, name: str, folder: Path | None) -> bool:
+        """Whether a site sleeps, and its file in this run folder holds all of its state."""
+        path = self._asleep.get(name, UNTOUCHED).path
+        return path is not None and folder is not None and path == state_path(folder, name)
+
+    def leave_files(self) -> None:
+        """Rely on no file any more: what sleeps in one rests in the store.
+
+        Raises:
+            CheckpointError: a file is damaged or gone, or another was put there.
+        """
+        for site in self._awake.values():
+            site.saved = None
+        for name, was in self._asleep.items():
+            if was.path is not None:
+                self.rest.put(name, store.state_bytes(*_read(was.path, was)))
+                self._asleep[name] = replace(was, path=None)
 
     def accounts(self) -> Iterator[Account]:
         """The privacy accounts of sites that were opened."""
@@ -169,10 +188,9 @@ class Dormant(Mapping[str, Site]):
 
     def _lay_down(self, name: str, site: Site) -> None:
         """Keep what a site is, as far as that does not follow from its client."""
-        facts = site.facts()
-        if facts == self._new.pop(name, None) and not site.exhausted:
+        if not site.touched:
             return
-        path = site.path if site.saved == (site.path, facts) else None
+        path = site.path if site.saved == (site.path, site.facts()) else None
         if path is None:
             self.rest.put(name, store.state_bytes(*site.packed()))
         else:
@@ -194,7 +212,7 @@ class Dormant(Mapping[str, Site]):
         was = self._asleep.get(client.id)
         if was is None:
             self._begin(site)
-            self._new[client.id] = site.facts()
+            site.touched = False
             return site
         account = site.account
         if account and was.account and account.folder == was.account.folder:
@@ -204,7 +222,7 @@ class Dormant(Mapping[str, Site]):
         else:
             site.unpack(*_read(was.path, was))
             site.saved = (site.path, site.facts()) if site.path == was.path else None
-        site.exhausted = was.exhausted
+        site.exhausted, site.touched = was.exhausted, True
         del self._asleep[client.id]
         return site
 
@@ -213,14 +231,15 @@ def _read(path: Path, was: Asleep) -> tuple[State, dict[str, Any]]:
     """A state from its own file; a newer one than was left there is of a process at work on it.
 
     Raises:
-        CheckpointError: it is damaged or gone, or an older one was put there.
+        CheckpointError: it is damaged or gone, or an older one was put there, or another run's.
     """
     found = "none"
     with contextlib.suppress(FileNotFoundError):
         arrays, facts, note = store.load_state(path)
-        if not note and (facts["run"] != was.run or facts["round"] >= was.round):
+        of_this = was.run in {"", facts["run"]}
+        if not note and of_this and facts["round"] >= was.round:
             return arrays, facts
-        found = note or f"that of round {facts['round']}"
+        found = note or f"that of round {facts['round']}{'' if of_this else ' of another run'}"
     raise CheckpointError(
         f"{path}: expected the state of round {was.round}, found {found}: keep others away from "
         "the run folder, then --resume"
@@ -237,9 +256,14 @@ def most_awake(asked: int | None, clients: int) -> int:
         asked: the setting ``backend.awake``; None: not set.
         clients: how many take part.
 
+    Raises:
+        DataError: a negative number was asked.
+
     >>> most_awake(None, 1000), most_awake(None, 10_000), most_awake(8, 20), most_awake(8, 8)
     (0, 100, 8, 0)
     """
+    if asked is not None and asked < 0:
+        raise DataError(f"awake: expected 0 (all) or how many sites are awake, found {asked}")
     most = (AWAKE if clients > MANY else 0) if asked is None else asked
     return most if most < clients else 0
 
@@ -289,6 +313,12 @@ def settle(sites: Mapping[str, Site], clients: Iterable[Client], folder: Path | 
             site.keep_in(folder)
 
 
+def leave_files(sites: Mapping[str, Site]) -> None:
+    """Before files of states are taken away: what sleeps in one is kept elsewhere."""
+    if isinstance(sites, Dormant):
+        sites.leave_files()
+
+
 def with_files(sites: Mapping[str, Site], folder: Path | None) -> Iterator[Site]:
     """The sites whose states a run folder may hold: of those that sleep, with a file in it."""
     for name in sites:
@@ -312,7 +342,7 @@ def _kind(client: Client) -> Hashable:
     return (
         _factory(client.build),
         client.training,
-        getattr(client.make, "func", client.make),
+        _maker(client.make),
         getattr(client.wrap, "func", client.wrap),
         client.course is None,
         client.mechanism,
@@ -320,7 +350,15 @@ def _kind(client: Client) -> Hashable:
     )
 
 
-def _factory(build: Callable[[], Any]) -> Hashable:
+def _maker(make: Callable[..., Any] | None) -> Hashable:
+    """What makes a learner, but for whole numbers: seeds, of which each client has its own."""
+    if not isinstance(make, partial):
+        return make
+    told = {name: value for name, value in make.keywords.items() if type(value) is not int}
+    return _factory(partial(make.func, *(v for v in make.args if type(v) is not int), **told))
+
+
+def _factory(build: Callable[..., Any]) -> Hashable:
     """A factory by what it makes; two that are not ``partial`` of one thing are two."""
     found: Any = build
     if isinstance(build, partial):

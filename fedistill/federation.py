@@ -92,7 +92,7 @@ class Federation:
             them: ``disk`` (temporary files) or ``memory``.
 
     Raises:
-        DataError: no clients, equal ids, or labels outside the classes.
+        DataError: no clients, equal ids, labels outside the classes, or a negative ``awake``.
     """
 
     def __init__(

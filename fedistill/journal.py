@@ -15,7 +15,7 @@ from typing import Any
 
 from fedistill import store
 from fedistill.client import Site
-from fedistill.dormant import with_files
+from fedistill.dormant import leave_files, with_files
 from fedistill.errors import CheckpointError
 from fedistill.kept import state_path
 from fedistill.server import Server
@@ -87,6 +87,7 @@ class Journal:
         """Take away what an earlier run left, the server's state first: it is what resumes."""
         if self.folder is None:
             return
+        leave_files(sites)
         old = [self._server(), self.folder / "rounds.jsonl", self.folder / STREAM]
         old += [state_path(self.folder, name) for name in sites]
         for path in old:

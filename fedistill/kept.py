@@ -46,6 +46,8 @@ class Kept(ABC):
         untaught: the learner's state as it was built.
         account: what may be spent of the rows, and was; None where nothing keeps count.
         saved: path and facts of the newest generation on disk, if it holds all that the site is.
+        touched: whether the site may be other than its client and the seed make it: a step was
+            begun, a person erased, or a state unpacked, whatever came of it.
     """
 
     client: Client
@@ -53,6 +55,7 @@ class Kept(ABC):
     data: Rows
     account: Account | None
     saved: tuple[Path | None, dict[str, Any]] | None
+    touched: bool
     path: Path | None
     runs: Path | None
     untaught: State
@@ -171,6 +174,10 @@ class Kept(ABC):
         if not before.exists() or store.load_state(before)[1]["round"] != plan.round:
             raise Rejected("stale_round", f"round {plan.round} was answered, now {newest}")
 
+    def _touch(self) -> None:
+        """From here on the site is not what its file holds, nor what its client was."""
+        self.touched, self.saved = True, None
+
     def save(self) -> None:
         """Write learner, soft targets and the stored answer in one file, whole or not at all."""
         if self.path is None:
@@ -222,6 +229,7 @@ class Kept(ABC):
             raise FedistillError(
                 f"erase: {self.client.id} remembers no rows: there is nothing to erase"
             )
+        self._touch()
         receipt: ErasureReceipt = erase(subject)
         if self.place is not None:
             bury(self.place, [str(subject)])
@@ -269,6 +277,7 @@ class Kept(ABC):
         Raises:
             CheckpointError: it is of another model.
         """
+        self._touch()
         learner = {k[8:]: v for k, v in arrays.items() if k.startswith("learner.")}
         self._leave_out()
         if "position" in meta:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from fedistill.errors import FedistillError, RunError, did_you_mean
 
@@ -76,6 +76,13 @@ class DiskStore:
         weakref.finalize(self, self._files.close)
         self._groups: dict[int, _Group] = {}
         self._places: dict[str, _Place] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DiskStore:
+        """The same states in files of its own."""
+        copied = memo[id(self)] = DiskStore(self.folder)
+        for name in self._places:
+            copied.put(name, self.get(name))
+        return copied
 
     def put(self, name: str, state: bytes) -> None:
         """Keep a state in place of the one before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from collections.abc import Callable
@@ -52,6 +53,15 @@ def test_states_that_grow_shrink_and_leave_are_those_of_a_plain_dict(
             naive[name] = random.bytes(size)
             kept.put(name, naive[name])
         assert {known: kept.get(known) for known in naive} == naive
+
+
+def test_a_copy_has_files_of_its_own() -> None:
+    kept = DiskStore()
+    kept.put("a", b"one")
+    copied = copy.deepcopy(kept)
+    kept.put("a", b"two")
+    copied.put("b", b"three")
+    assert (kept.get("a"), copied.get("a"), copied.get("b")) == (b"two", b"one", b"three")
 
 
 def test_states_of_one_layout_share_a_file_and_what_is_freed_is_used_again() -> None:

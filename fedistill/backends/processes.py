@@ -200,6 +200,7 @@ class Pool:
         site.run, site.round, site.clipped = facts["run"], facts["round"], facts["clipped"]
         site.exhausted = facts["exhausted"]
         site.refusal = Rejected(*facts["refusal"]) if facts["refusal"] else None
+        site.touched = True
         if header["kept"] or changed:
             site.upload = data
         if header["reason"] is None:
@@ -370,16 +371,18 @@ class Pool:
 
 
 def _place(sites: Mapping[str, Site], name: str) -> Place:
-    known = standing(sites, name)
-    if isinstance(sites, Dormant) and (not known.run or sites.resting_place(name)):
-        folder = sites.folder and sites.folder.absolute()
-        return Place(sites.clients[name], folder, b"", (known.run, known.round))
+    """Where a client is; one that sleeps is woken only if its state must be told."""
+    if isinstance(sites, Dormant):
+        known = standing(sites, name)
+        if sites.untouched(name) or (known.run and sites.rests_in(name, sites.folder)):
+            folder = sites.folder and sites.folder.absolute()
+            return Place(sites.clients[name], folder, b"", (known.run, known.round))
     site = sites[name]
     client = site.client
     if site.account is not None:
         client = dataclasses.replace(client, terms=site.account.terms)
     folder = None if site.path is None else site.path.absolute().parents[2]
-    return Place(client, folder, store.state_bytes(*site.packed()) if site.round else b"")
+    return Place(client, folder, store.state_bytes(*site.packed()) if site.touched else b"")
 
 
 def deal(sites: Mapping[str, Site], count: int) -> list[tuple[str, ...]]:

@@ -175,7 +175,7 @@ class Choices:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a file of ours holds; nothing where there is none, or it is torn."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         found = json.loads(path.read_text())
         if isinstance(found, dict):
             return found

@@ -138,6 +138,19 @@ def test_private_clients_spend_the_same_and_keep_one_ledger_each(tmp_path: Path)
     assert facts[1]["sites"]["site-0"]["releases"] == 2
 
 
+@pytest.mark.parametrize("second", ["b", None])
+def test_sites_that_sleep_in_one_folder_go_on_in_another_or_in_none(
+    second: str | None, tmp_path: Path
+) -> None:
+    feds = [federation(participants(8), participation=0.5, awake=awake) for awake in (0, 2)]
+    for number, fed in enumerate(feds):
+        home = tmp_path / str(number)
+        list(fed.run(2, out=home / "a"))
+        list(fed.run(4, out=second and home / second, backend=Processes(workers=2)))
+    assert timeless(feds[0].history) == timeless(feds[1].history)
+    same_states(feds[0].sites, feds[1].sites)
+
+
 def test_private_clients_without_a_folder_are_refused() -> None:
     how = fd.Privacy(mechanism="dpsgd", epsilon=3.0)
     with pytest.raises(RunError, match="run folder"):

@@ -68,7 +68,7 @@ def test_a_machine_is_measured_once_for_each_shape(measured, tmp_path):
     assert len(json.loads((tmp_path / "cache" / "tuning.json").read_text())) == 2
 
 
-@pytest.mark.parametrize("torn", ["", "{", "[1]", '{"a": 1}', "\xff"])
+@pytest.mark.parametrize("torn", ["", "{", "[1]", '{"a": 1}', "\xff", "[" * 100_000])
 def test_a_torn_cache_is_measured_again_and_mended(measured, tmp_path, torn):
     path = tmp_path / "cache" / "tuning.json"
     path.parent.mkdir()
