@@ -1,8 +1,9 @@
 """Gradients clipped unit by unit, summed and noised.
 
 Three ways of clipping give the same sum (:class:`fedistill.privacy.rowwise.Engine`): ``gram`` by
-the norms of rows where all layers are known, else Opacus's ``ghost`` or ``hooks``. Noise is added
-here, whatever the way.
+the norms of rows where all layers are known, else Opacus's ``hooks``. Opacus's ``ghost`` is left to
+trials of a loss: of a layer at many places it may measure a norm too short. Noise is added here,
+whatever the way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from fedistill.errors import FedistillError, RunError
 from fedistill.privacy.by_gram import gram_engine, measurable
-from fedistill.privacy.by_opacus import ByOpacus, ghostly
+from fedistill.privacy.by_opacus import ByOpacus
 from fedistill.privacy.exact import exact_products
 from fedistill.privacy.rowwise import (
     BROKEN_WEIGHTS,
@@ -44,18 +45,13 @@ HOOKS_VALUES = 1 << 26
 """Values (a quarter of a GB) of all gradients that hooks hold at once, one for every row."""
 
 
-def clipping_mode(module: nn.Module, unit: str, loss: RowLoss = cross_entropy) -> str:
+def clipping_mode(module: nn.Module, unit: str) -> str:
     """The fastest way of clipping that is right for all layers of a module.
 
-    ``gram`` and ``ghost`` need a row to be a unit. ``gram`` is taken for cross-entropy and layers
-    whose gradients it can measure; where one of them turns out to be used otherwise than once, the
-    step goes by ``hooks``.
+    ``gram`` needs a row to be a unit, and layers whose gradients it can measure; where one of them
+    turns out to be used otherwise than once, the step goes by ``hooks``.
     """
-    if unit != "record":
-        return "hooks"
-    if loss is cross_entropy and measurable(module):
-        return "gram"
-    return "ghost" if ghostly(module) else "hooks"
+    return "gram" if unit == "record" and measurable(module) else "hooks"
 
 
 class Clipper:

@@ -146,7 +146,7 @@ class PrivateStudent(TorchStudent):
         self._tried: list[tuple[int, ...]] = []
         self._sigma: float | None = None
         self.listener: Callable[[nn.Module], None] | None = None
-        self._mode = clipping_mode(self.module, privacy.unit, self.loss)
+        self._mode = clipping_mode(self.module, privacy.unit)
         self._largest: int | None = None
         self.replay = replay
         self._mark = ""
@@ -229,9 +229,9 @@ class PrivateStudent(TorchStudent):
     @property
     def by_hand(self) -> bool:
         """Whether its noisy steps can be taken with others' (:mod:`fedistill.privacy.stacked`)."""
-        plain = self._mode == "gram" and layers_of(self.module) is not None
-        # An audit listens to the gradients of one student.
-        return plain and self.listener is None and self.device.type == "cpu"
+        if self._mode != "gram" or self.loss is not cross_entropy or self.listener is not None:
+            return False  # an audit listens to the gradients of one student
+        return layers_of(self.module) is not None and self.device.type == "cpu"
 
     def rates(self, step: int, steps: int) -> tuple[float, float]:
         """Learning rates of a noisy step, and of the public ones beside it."""

@@ -23,6 +23,7 @@ from fedistill.distill.recipe import Recipe
 from fedistill.errors import FedistillError, RunError
 from fedistill.newcomer import private_client
 from fedistill.privacy import entropy
+from fedistill.privacy.clipping import cross_entropy
 from fedistill.privacy.dpsgd import PrivateStudent
 from fedistill.privacy.remembered import PrivateMemory
 from fedistill.settings import PrivacySettings
@@ -314,6 +315,8 @@ def test_who_cannot_be_is_trained_alone_and_the_run_says_so():
     assert not unfit(learner)
     learner.listener = print
     assert "audited" in unfit(learner)
+    learner.listener, learner.loss = None, lambda *given: cross_entropy(*given)
+    assert "a loss of its own" in unfit(learner)
     assert "users" in unfit(students(DEEP, 1, privacy={"unit": "user"})[0])
     lenet = PrivateStudent(
         models.LeNet, Recipe(), classes=10, seed=0, privacy=PrivacySettings(mechanism="dpsgd")

@@ -427,4 +427,4 @@ def test_opacus_is_not_imported_for_known_layers(monkeypatch):
     learner.fit(rows, seed=1)
     assert learner._mode == "gram"
     with pytest.raises(AssertionError):
-        clipping_mode(learner.module, "record", lambda *args: cross_entropy(*args))
+        by_opacus.ByOpacus(learner.module, cross_entropy, 1.0, ghost=False).open()
