@@ -7,6 +7,7 @@ Soft targets differ from those of the serial backend by rounding: 1e-5 after a r
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -74,7 +75,8 @@ class Vectorized:
         for start in range(0, len(plan.clients), WINDOW):
             names = plan.clients[start : start + WINDOW]
             asked = {name: self.sites[name] for name in names}
-            works = {n: Work(site) for n, site in asked.items() if not alone(site, self.wanted)}
+            able = {n: Work(site) for n, site in asked.items() if not alone(site, self.wanted)}
+            works = with_own_models(able)
             heard: dict[str, Reply | Failure] = {}
             resident = Resident()
             proxies = {id(work.site.proxy): work.site.proxy for work in works.values()}
@@ -207,6 +209,12 @@ class Pupil:
     def _note(self, lesson: Lesson | None) -> None:
         if lesson is not None:
             self.lessons.append(lesson)
+
+
+def with_own_models(works: Mapping[str, Work]) -> dict[str, Work]:
+    """Without sites that have one module among them: each goes on from where another left it."""
+    owners = Counter(id(work.student.module) for work in works.values())
+    return {name: work for name, work in works.items() if owners[id(work.student.module)] == 1}
 
 
 def together(works: Sequence[Work], choices: Choices, resident: Resident) -> None:

@@ -18,6 +18,7 @@ from fedistill.backends.unreliable import unreliable
 from fedistill.backends.vectorized import Resident, Vectorized, alone
 from fedistill.client import Client
 from fedistill.distill.recipe import Recipe
+from fedistill.distill.torch_student import seeded
 from fedistill.models import gradient_boosting
 from fedistill.presets import method
 from fedistill.wire.messages import Upload
@@ -395,3 +396,19 @@ def test_rows_that_are_too_large_to_be_squared_are_clipped_as_one_after_another(
     assert one[0]["clients_ok"] == 4
     for name in ("site-0", "site-2"):
         np.testing.assert_allclose(fast.sites[name].targets, serial.sites[name].targets, atol=1e-5)
+
+
+def test_clients_that_share_a_module_are_asked_one_after_another():
+    def group():
+        with seeded(7):
+            shared = MLP()
+        return [
+            Client(f"site-{k}", lambda: shared, gaussian(20, k), training=RECIPES["plain"])
+            for k in range(2)
+        ] + people(3, MLP, RECIPES["plain"])[2:]
+
+    chosen = dataclasses.replace(method("ds-fl"), codec="float32")
+    serial, _ = after(Serial, group(), chosen, 2)
+    fast, _ = after(Vectorized, group(), chosen, 2)
+    for name, site in serial.sites.items():
+        np.testing.assert_allclose(fast.sites[name].targets, site.targets, atol=1e-5)
