@@ -171,22 +171,36 @@ def run(
 
 
 def remember(settings: Settings, folder: Path, *, resume: bool) -> None:
-    """Write ``config.toml``; a resumed run must have the same, but for the number of rounds."""
+    """Write ``config.toml``; a resumed run must have the same, but for what changes no result."""
     path = folder / "config.toml"
-    if resume and path.exists():
-        before = config.load(path)
-        if dataclasses.replace(before, rounds=settings.rounds) != settings:
-            changed = [
-                item.name
-                for item in dataclasses.fields(Settings)
-                if item.name != "rounds"
-                and getattr(before, item.name) != getattr(settings, item.name)
-            ]
-            raise CheckpointError(
-                f"{folder} holds a run with other settings ({', '.join(changed)}): resume with "
-                "the same settings, or choose another folder with --out"
-            )
+    if resume and path.exists() and (changed := differing(config.load(path), settings)):
+        raise CheckpointError(
+            f"{folder} holds a run with other settings ({', '.join(changed)}): resume with "
+            "the same settings, or choose another folder with --out"
+        )
     store.write_atomic(path, config.to_toml(settings).encode())
+
+
+FREE = {"rounds", "backend.workers", "backend.awake", "backend.store"}
+"""What may be another in a resumed run: how far it goes, and what changes memory and time alone."""
+
+
+def differing(before: Settings, now: Settings) -> list[str]:
+    """Which settings a run would not go on with."""
+    found = []
+    for item in dataclasses.fields(Settings):
+        old, new = getattr(before, item.name), getattr(now, item.name)
+        if old == new:
+            continue
+        if type(old) is not type(new) or not dataclasses.is_dataclass(old):
+            found.append(item.name)
+            continue
+        found += [
+            f"{item.name}.{key.name}"
+            for key in dataclasses.fields(old)
+            if getattr(old, key.name) != getattr(new, key.name)
+        ]
+    return [name for name in found if name not in FREE]
 
 
 # --- several federations -------------------------------------------------------------------------

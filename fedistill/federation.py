@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fedistill.backends import Away, Backend, at_work
+from fedistill.backends import Away, Backend, at_work, backend_of
 from fedistill.backends.serial import Serial
 from fedistill.client import Client, Member, Site, new_student
 from fedistill.distill.learner import Learner
@@ -181,7 +181,7 @@ class Federation:
         out: str | Path | None = None,
         resume: bool = False,
         measure_every: int = 1,
-        backend: Callable[[Mapping[str, Site]], Backend] = Serial,
+        backend: str | Callable[[Mapping[str, Site]], Backend] = Serial,
         progress: Progress = lambda label, done, total: None,
         threads: int = 1,
     ) -> Iterator[Row]:
@@ -195,7 +195,8 @@ class Federation:
             measure_every: rounds between measurements of the clients, which cost a prediction of
                 all test rows by each; the first and the last round are always measured. Of more
                 than 1,000 clients, those that the round asked are measured.
-            backend: what runs the clients.
+            backend: what runs the clients: ``serial``, ``vectorized``, ``processes``, or what makes
+                a backend from the sites.
             progress: called with what is being done, how much of it is done, and of how much.
             threads: torch threads while it runs; equal bytes need equal threads.
 
@@ -207,7 +208,7 @@ class Federation:
         with journal, computing(threads), contextlib.ExitStack() as ended:
             self._agree(rounds, journal.folder)
             self._begin(journal, resume)
-            asked = backend(self.sites)
+            asked = backend_of(backend)(self.sites)
             self._away = ended.enter_context(at_work(asked))
             said = getattr(asked, "notes", ())
             self.notes += [note for note in said if note not in self.notes]
@@ -243,7 +244,9 @@ class Federation:
             yield self.server.round + 1
 
     def _announce(self, rounds: int) -> None:
-        """Tell the log that the run begins, or goes on."""
+        """Tell the log that the run begins, or goes on; and whoever looks, that it has ended."""
+        if self.server.round and next(self._numbers(rounds), None) is None:
+            self.notes.append(f"all {rounds} rounds were done before: more --rounds go on")
         event(
             "run_resumed" if self.server.round else "run_started",
             run=self.server.run,

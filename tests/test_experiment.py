@@ -92,6 +92,8 @@ def test_a_finished_run_is_not_computed_again(tmp_path, answers):
     assert done == 8
     second = small(tmp_path, resume=True)
     assert len(answers) == done
+    assert "all 2 rounds were done before: more --rounds go on" in second["notes"]
+    assert not any("done before" in note for note in first["notes"])
     assert second["soft_targets_sha256"] == first["soft_targets_sha256"]
 
 
@@ -112,6 +114,23 @@ def test_other_settings_do_not_resume(tmp_path):
     small(tmp_path)
     with pytest.raises(CheckpointError, match=r"holds a run with other settings \(seed\)"):
         small(tmp_path, "seed=4", resume=True)
+    with pytest.raises(CheckpointError, match=r"other settings \(backend.name, backend.threads\)"):
+        small(tmp_path, "backend.name=vectorized", "backend.threads=2", resume=True)
+
+
+def test_what_changes_memory_and_time_alone_may_change(tmp_path):
+    small(tmp_path)
+    longer = small(
+        tmp_path,
+        *("backend.awake=1", "backend.store=memory", "backend.workers=3"),
+        resume=True,
+        rounds=3,
+    )
+    (tmp_path / "whole").mkdir()
+    assert (
+        longer["soft_targets_sha256"]
+        == (small(tmp_path / "whole", rounds=3)["soft_targets_sha256"])
+    )
 
 
 def test_repeats_are_seeds_with_mean_and_deviation(tmp_path, answers):

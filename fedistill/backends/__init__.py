@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from importlib import import_module
+from typing import Any, Protocol, runtime_checkable
 
+from fedistill.errors import FedistillError, did_you_mean
 from fedistill.evaluate import Figures
 from fedistill.types import Rows
 from fedistill.wire.messages import Failure, Plan
@@ -61,3 +63,25 @@ def at_work(backend: Backend) -> Iterator[Away | None]:
     finally:
         if away is not None:
             away.close()
+
+
+BUILT_IN = {"serial": "Serial", "vectorized": "Vectorized", "processes": "Pool"}
+"""The backends that run in this process or start their own, by their modules here."""
+
+
+def backend_of(named: str | Callable[[Any], Backend]) -> Callable[[Any], Backend]:
+    """What makes a backend from the sites: one of :data:`BUILT_IN` by name, or as it is.
+
+    Raises:
+        FedistillError: there is none of this name, or it makes nothing.
+    """
+    if callable(named):
+        return named
+    if named not in BUILT_IN:
+        known = ", ".join(BUILT_IN)
+        raise FedistillError(
+            f"backend: expected {known}, or what makes one from the sites, found "
+            f'"{named}"{did_you_mean(str(named), BUILT_IN)}'
+        )
+    made: Callable[[Any], Backend] = getattr(import_module(f"{__name__}.{named}"), BUILT_IN[named])
+    return made

@@ -118,10 +118,10 @@ def _tried(student: TorchStudent, example: Tensor) -> str:
 
 def _shaken(student: TorchStudent, seed: int) -> Weights:
     """Its weights, each moved a little: zeros would hide what they are multiplied with."""
-    random, moved = torch.Generator().manual_seed(seed), {}
-    for name, value in _weights(student).items():
-        noise = torch.randn(value.shape, generator=random).to(value)
-        moved[name] = value + (0.1 * value.abs() + 0.01) * noise
+    moved = {}
+    with seeded(seed):
+        for name, value in _weights(student).items():
+            moved[name] = value + (0.1 * value.abs() + 0.01) * torch.randn(value.shape).to(value)
     return moved
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
 
 from fedistill.aggregate.rules import FAMILIARITY_LIMIT
 from fedistill.distill.recipe import Recipe
@@ -18,6 +21,16 @@ PROXY_SHARE = 2.0
 keeps what earlier rounds taught it: on the hospitals twice the weight was worth 2 points of AUC."""
 FLOOR = 1e-6
 """Smallest probability of a prediction: trees say 0 where they have seen nothing."""
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """Let BLAS and OpenMP have as many threads as torch: on few rows more only wait for another.
+
+    Sums of another number of threads end in other bits, too.
+    """
+    with threadpool_limits(torch.get_num_threads()):
+        yield
 
 
 class SklearnStudent:
@@ -80,14 +93,17 @@ class SklearnStudent:
             self._model = _Constant(int(labels[0]))
         else:
             self._model = self.build()
-            fit_weighted(self._model, inputs, labels, weights, seed)
-        self._fit_scorer(rows)
+            with few_threads():
+                fit_weighted(self._model, inputs, labels, weights, seed)
+        with few_threads():
+            self._fit_scorer(rows)
 
     def predict(self, inputs: FloatArray) -> Logits:
         """Log-probabilities ``[rows, classes]``; uniform before the first fit."""
         probs = np.full((len(inputs), self.classes), 1.0 / self.classes)
         if self._model is not None and len(inputs):
-            known = self._model.predict_proba(_flat(inputs))
+            with few_threads():
+                known = self._model.predict_proba(_flat(inputs))
             probs = np.zeros_like(probs)
             probs[:, np.asarray(self._model.classes_, dtype=np.int64)] = known
         probs = np.maximum(probs, FLOOR)
@@ -98,7 +114,8 @@ class SklearnStudent:
         """Log density ratio of own to proxy rows by a logistic regression, ``[rows]``."""
         if self._scorer is None:
             return np.zeros(len(inputs), dtype=np.float32)
-        score = self._scorer.decision_function(_flat(inputs))
+        with few_threads():
+            score = self._scorer.decision_function(_flat(inputs))
         limited: FloatArray = np.clip(score, -FAMILIARITY_LIMIT, FAMILIARITY_LIMIT)
         return limited.astype(np.float32)
 

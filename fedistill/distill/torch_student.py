@@ -23,10 +23,9 @@ from fedistill.distill.trunk import Trunk, trunk_of
 from fedistill.losses import (
     logit_mae,
     own_or_proxy,
-    own_or_proxy_slope,
     soft_cross_entropy,
-    soft_cross_entropy_slope,
 )
+from fedistill.losses.soft_targets import own_or_proxy_slope, soft_cross_entropy_slope
 from fedistill.seeding import derive
 from fedistill.types import FloatArray, IntArray, Logits, Probs, Rows, State
 

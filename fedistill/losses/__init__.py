@@ -19,9 +19,7 @@ from fedistill.losses.soft_targets import (
     kl_divergence,
     logit_mae,
     own_or_proxy,
-    own_or_proxy_slope,
     soft_cross_entropy,
-    soft_cross_entropy_slope,
     soften,
 )
 
@@ -39,7 +37,6 @@ __all__ = [
     "logit_mae",
     "logit_mse",
     "own_or_proxy",
-    "own_or_proxy_slope",
     "prototype_loss",
     "ranking",
     "ranking_order",
@@ -50,6 +47,5 @@ __all__ = [
     "sampled_kl",
     "sampled_softmax",
     "soft_cross_entropy",
-    "soft_cross_entropy_slope",
     "soften",
 ]

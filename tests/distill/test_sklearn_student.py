@@ -9,6 +9,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from fedistill import models
 from fedistill.aggregate.rules import softmax
@@ -190,3 +191,29 @@ def test_a_classifier_without_weights_learns_from_rows_drawn_by_weight():
     again.fit(ROWS, seed=2)
     np.testing.assert_array_equal(learner.predict(ROWS.inputs), again.predict(ROWS.inputs))
     assert (learner.predict(ROWS.inputs).argmax(1) == ROWS.labels).mean() > 0.5
+
+
+class Counting:
+    """Notes how many threads its libraries may use."""
+
+    classes_ = np.arange(3)
+    seen: list = []
+
+    def fit(self, inputs, labels, sample_weight):
+        self.seen.append({pool["num_threads"] for pool in threadpool_info()})
+        return self
+
+    def predict_proba(self, inputs):
+        self.seen.append({pool["num_threads"] for pool in threadpool_info()})
+        return np.full((len(inputs), 3), 1 / 3)
+
+
+def test_it_takes_as_many_threads_as_torch_and_gives_them_back():
+    Counting.seen = []
+    with threadpool_limits(2), models.threads(1):
+        outside = [pool["num_threads"] for pool in threadpool_info()]
+        learner = student(Counting)
+        learner.fit(ROWS, seed=1)
+        learner.predict(PUBLIC.inputs)
+        assert [pool["num_threads"] for pool in threadpool_info()] == outside
+    assert Counting.seen == [{1}, {1}]

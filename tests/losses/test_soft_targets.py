@@ -13,11 +13,10 @@ from fedistill.losses import (
     kl_divergence,
     logit_mae,
     own_or_proxy,
-    own_or_proxy_slope,
     soft_cross_entropy,
-    soft_cross_entropy_slope,
     soften,
 )
+from fedistill.losses.soft_targets import own_or_proxy_slope, soft_cross_entropy_slope
 
 TEMPERATURES = [1.0, 2.0, 4.0, 8.0]
 
