@@ -149,7 +149,7 @@ class Runner:
     def cut(self, out: Path, after: float) -> bool:
         """Start, and kill after some seconds; whether it was still running."""
         process = self.start(out)
-        time.sleep(after)
+        process.join(after)  # a run that has ended is not waited for
         process.kill()
         process.join(60)
         code = process.exitcode
